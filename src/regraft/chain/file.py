@@ -23,10 +23,11 @@ class Training(BaseModel):
     """The length and learning rate of training, with the defaults of `Recipe`.
 
     Args:
-        steps: The number of optimiser steps; None to train for `epochs`.
-        epochs: The number of passes over the data if `steps` is None.
+        steps: The number of optimiser steps; None for as many as `epochs` takes, but at least 100.
+        epochs: The number of passes over the data; not used if `steps` is set.
         batch_size: The number of examples per step.
-        learning_rate: The peak learning rate, or one per kind; None for the kind's default.
+        learning_rate: The peak learning rate, or one per kind. None, or a kind without one, stands for the kind's
+            default.
         eval_every: The number of steps between evaluations; None for about ten evaluations in all.
     """
 
@@ -45,7 +46,7 @@ class Training(BaseModel):
 
         Args:
             kind: The kind, which selects the learning rate.
-            seed: The seed of the data order, dropout and fresh heads.
+            seed: The seed of all random choices; see `Recipe`.
             precision: `auto`, `bf16` or `fp32`; see `Recipe`.
         """
         learning_rate = self.learning_rate
@@ -77,7 +78,7 @@ class Chain(BaseModel):
         routes: `hop by hop` recycles the last outcome from each base to the next; `at once` recycles the first outcome
             from the first base to each later base.
         seeds: The seeds; every run is repeated with each of them.
-        shots: The number of training examples per class on later bases; None for all.
+        shots: The number of examples per class, of train and of dev, on later bases; None for the task's own `shots`.
         tuning: The length and learning rate of training on the first base.
         recycling: The length and learning rate of training on later bases.
         precision: `auto`, `bf16` or `fp32`; see `Recipe`.

@@ -36,14 +36,15 @@ class ChainRow:
         score: The score on test, or on dev if there is no test split.
         start: The score on dev before the first step.
         majority: The chance score on the split of `score`.
-        negative_flips: The share of examples that were right on the first base and are wrong here.
+        negative_flips: The share of examples, of the split of `score`, that were right on the first base and are wrong
+            here; None if the predictions cannot be compared.
         steps: The number of training steps on this base alone.
-        labels: The number of labelled examples seen on this base.
-        outcome: The outcome folder, relative to the chain's folder.
+        labels: The number of labelled training examples used on this base.
+        outcome: The outcome folder, relative to the chain's folder; empty for a refused hop.
         refused: The reason for a missing outcome, such as a method that does not support the kind; None if the hop has
-            an outcome. A refused hop has no figures.
-        metric: The name of the task's metric. Records of regraft 0.1 lack it; `accuracy` stands for all of its metrics,
-            of which higher is better and 1 is the highest score.
+            an outcome. A refused hop has no scores, and its steps and labels are 0.
+        metric: The name of the task's metric. Records of regraft 0.1 lack it. The default stands for any metric of that
+            version: of all of them, higher is better and 1 is the highest score.
     """
 
     task: str

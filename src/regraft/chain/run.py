@@ -37,14 +37,15 @@ def run_chain(chain: Chain, out: str | Path, progress: Progress = silent) -> lis
     Args:
         chain: The chain, with absolute paths as from `Chain.load`.
         out: The folder for all outcomes and `chain.json`.
-        progress: The callback for each training step.
+        progress: The callback for the progress of each hop.
 
     Returns:
         The result of each hop.
 
     Raises:
-        RegraftError: A base or a task cannot be read, or an outcome cannot be written; earlier outcomes stay. An
-            error in `REFUSALS` is recorded as refused instead, and the chain continues.
+        RegraftError: A base or a task file cannot be read, or an outcome cannot be written; earlier outcomes stay. If a
+            single hop raises an error of `REFUSALS` and the disk is not full, the hop is recorded as refused, and the
+            chain continues.
     """
     check_output_path(Path(out))
     run = _ChainRun([Base.open(name) for name in chain.bases], chain, Path(out), progress)
@@ -102,7 +103,7 @@ class _ChainRun:
         if first_outcome is None:
             return
         later_bases = range(1, len(self.bases))
-        for new_base in later_bases:  # of the first outcome, scratch takes only the labels
+        for new_base in later_bases:  # of the first outcome, scratch takes only kind, settings and labels
             self._recycle(series, _Hop(0, new_base, "scratch"), first_outcome, first_outcome)
         for method in self.chain.methods:
             # on the second base, both routes are the same

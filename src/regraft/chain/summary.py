@@ -26,7 +26,7 @@ class RouteSummary:
         scores: The mean score on each base, in the order of the chain; None on a base without results.
         deviations: The standard deviation over seeds on each base; None on a base with fewer than two scores.
         recoveries: On each base, the mean of (score − chance) / (scratch's score − chance) over seeds; None on the
-            first base, and where a seed has no recovery (see `regraft.task.recovery`).
+            first base, on a base without scores, and where a seed has no recovery (see `regraft.task.recovery`).
         decay: The loss of score per hop, positive if the score gets worse: the slope of a least-squares line through
             the mean scores. None for scratch, and for fewer than two bases with scores.
         seeds: The number of seeds.

@@ -31,7 +31,8 @@ SETTINGS = (
     "activation",
     "tune_norms",
 )
-"""The settings of an adapter's config that are printed, in this order; those that are not set are left out."""
+"""The settings of an adapter's config that are printed, in this order; those that are missing, false, 0 or empty are
+left out."""
 
 
 @app.command()
@@ -41,7 +42,7 @@ def show(
         str | None, typer.Option(help="Base to load it on, which checks its lineage and that every tensor loads.")
     ] = None,
 ) -> None:
-    """Show what an adaptation consists of; with a base, also whether it belongs to it."""
+    """Show what an adaptation consists of; with a base, also whether the two belong together."""
     from regraft.adaptation import load_model, stored_head
     from regraft.adaptation.tokens import with_adaptation_tokens
 
@@ -61,8 +62,10 @@ def convert(
     old_base: options.OldBase,
     out: options.Out,
     kind: Annotated[str, typer.Option("--to", help="Kind to convert to: full or lora.")],
-    new_base: Annotated[str | None, typer.Option(help="New base, if the result is to be on that.")] = None,
-    rank: Annotated[int | None, typer.Option(help="For lora: rank of every layer.", min=1)] = None,
+    new_base: Annotated[
+        str | None, typer.Option(help="New base to put the result on; by default, the old base.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="For lora: rank of every layer; or set --energy.", min=1)] = None,
     energy: Annotated[
         float | None, typer.Option(help="For lora: share of each delta's squared norm to preserve, 0 to 1.")
     ] = None,
@@ -72,7 +75,7 @@ def convert(
     ] = None,
     force: options.Force = False,
 ) -> None:
-    """Convert a full fine-tune to a LoRA, or an adapter to a full fine-tune."""
+    """Convert an adaptation to a LoRA or to a full fine-tune."""
     from regraft.cli.terminal import print_line, print_text, show_progress
 
     with show_progress() as progress:
@@ -91,8 +94,8 @@ def print_adaptation(adaptation: "regraft.Adaptation", base: str | None, lineage
     Args:
         adaptation: The adaptation, of which the headers of the weight files are read.
         base: The folder or Hub id of the base that it was loaded on; None if it was not loaded.
-        lineage: The relation of the base to the adaptation's, in a word, as `Adaptation.check_base` returns it;
-            None without a base.
+        lineage: Whether the adaptation records that base, in a word, as `Adaptation.check_base` returns it; None
+            without a base.
     """
     from regraft.cli.terminal import format_size, print_pairs
 

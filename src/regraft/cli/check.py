@@ -36,8 +36,9 @@ def check(
         typer.Option(help="With --deep: unlabelled text of the new base's domain; by default the task's own."),
     ] = None,
     points: Annotated[
-        int, typer.Option(help="With --deep: points on the segment between the two deployments.", min=3)
-    ] = 11,
+        int | None,
+        typer.Option(help="With --deep: points on the segment between the two deployments; by default 11.", min=3),
+    ] = None,
     plane: Annotated[int, typer.Option(help="With --deep: points per side of the loss plane; 0 for none.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     precision: Annotated[str, typer.Option(help="bf16, fp32, or auto: bf16 where the device computes in it.")] = "auto",
@@ -50,7 +51,7 @@ def check(
     recipe = regraft.Recipe(precision=precision)
     if deep:
         questions = regraft.Questions(
-            points=points,
+            points=regraft.Questions.points if points is None else points,
             counterparts=tuple(counterpart or ()),
             checkpoints=tuple(checkpoint or ()),
             text=tuple(text or ()),
@@ -65,8 +66,8 @@ def check(
         else:
             print_diagnosis(diagnosis, out)
         return
-    if out or counterpart or checkpoint or text or plane:
-        raise RecipeError("--out, --counterpart, --checkpoint, --text and --plane need --deep.")
+    if out or counterpart or checkpoint or text or points or plane:
+        raise RecipeError("--out, --counterpart, --checkpoint, --text, --points and --plane need --deep.")
     with show_progress() as progress:
         result = regraft.check(upgrade, adaptation, task, recipe=recipe, force=force, progress=progress)
     if as_json:

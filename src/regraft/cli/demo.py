@@ -1,4 +1,4 @@
-"""`regraft demo`: the whole job on real models and data, without arguments."""
+"""`regraft demo`: the whole job on a real model and real data, without arguments."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ def demo(
     out: Annotated[Path | None, typer.Option(help=f"Output folder; by default {OUT}, with --full {FULL_OUT}.")] = None,
     full: Annotated[bool, typer.Option("--full", help="All tasks, three seeds, longer training (hours).")] = False,
 ) -> None:
-    """Upgrade a real base, tune on the old one, recycle by every method, and compare."""
+    """Upgrade a real base, tune on the old one, recycle by several methods, and compare."""
     from regraft.cli.check import print_check
     from regraft.cli.compare import print_comparison
     from regraft.cli.terminal import print_line, show_progress

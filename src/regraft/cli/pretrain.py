@@ -30,7 +30,7 @@ def pretrain(
         float, typer.Option(help="With --domains: share of the blocks that replay earlier domains.", min=0, max=0.99)
     ] = 0.0,
     keep_every: Annotated[
-        int | None, typer.Option(help="Steps between the bases to keep, in folders next to OUT.", min=1)
+        int | None, typer.Option(help="Steps between the bases to keep, in a folder next to each upgraded base.", min=1)
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column of the text, where the corpus has columns.")] = "text",
     # the default is `tuning.pretrain.DEFAULT_BLOCK_SIZE`, whose import would make every command start later

@@ -16,7 +16,8 @@ def report(
     ],
     out: Annotated[Path, typer.Option(help="Output file; an old report there is replaced.")] = Path("report.html"),
     format: Annotated[
-        str | None, typer.Option(help="html (a self-contained file) or md; by default as --out ends.")
+        str | None,
+        typer.Option(help="html (a self-contained file) or md; by default, md if --out ends in .md, else html."),
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder to write the charts to as well, as SVG and PNG.")] = None,
 ) -> None:

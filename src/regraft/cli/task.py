@@ -10,7 +10,7 @@ import regraft
 app = typer.Typer(help="Check a task file and the data it names.", no_args_is_help=True)
 
 MAX_STRATA = 20
-"""The number of strata that are shown of a split: with these, its table fits on a screen."""
+"""The largest number of strata that are shown of a split: with more, its rows would not fit on a screen."""
 
 
 @app.callback()
@@ -52,5 +52,6 @@ def check(file: Annotated[Path, typer.Argument(help="Task file (YAML).", metavar
 
 def _on_one_line(name: str) -> str:
     """Escape what does not print, such as a line break or an escape sequence in a label."""
-    letters = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in name)
-    return "".join(letters)
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in name
+    )

@@ -28,7 +28,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class _Terminal(Console):
-    """A console that escapes the control characters in texts, which come from files; Rich's own work."""
+    """A console that escapes control characters in texts, which may come from files; Rich's own take effect."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):

@@ -202,7 +202,7 @@ def extract_lora(
 @app.command("merge-lora", cls=_Command)
 def merge_lora(
     base: Annotated[str, typer.Option(help="Base to merge into: a folder or a hub id@revision.")],
-    adaptation: Annotated[str, typer.Option(help="PEFT folder of a LoRA, rsLoRA or DoRA.")],
+    adaptation: Annotated[str, typer.Option(help="PEFT folder of a LoRA, rsLoRA, DoRA, PiSSA or OLoRA.")],
     out: options.Out,
     start: Annotated[str | None, typer.Option(help="For PiSSA and OLoRA: the adapter as it was initialised.")] = None,
     shard_size: ShardSize = 5.0,

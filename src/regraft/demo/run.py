@@ -34,7 +34,7 @@ class Size:
         tasks: The names of the tasks.
         corpus: The number of characters of unlabelled text; None for all.
         pretraining: The recipe of the upgrade.
-        tuning: The recipe of every tuning.
+        tuning: The recipe of the tuning on the old base, and of every method.
         examples: The numbers of train, dev and test examples; None for all.
         seeds: The seeds of every method.
     """
@@ -66,9 +66,9 @@ FULL = Size(
 
 
 def demo(out: Path, size: Size, progress: Progress) -> Iterator[tuple[Check, Comparison]]:
-    """Upgrade a base, tune on the old one, recycle by every method, and compare.
+    """Upgrade a base, tune on the old one, recycle by several methods, and compare.
 
-    Each step writes a folder that never exists incomplete, so an interrupted demo resumes where it stopped.
+    No file or folder that a step writes ever exists incomplete, so an interrupted demo resumes where it stopped.
 
     Args:
         out: The output folder.

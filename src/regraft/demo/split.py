@@ -42,7 +42,7 @@ def split_rows(
     Args:
         rows: The rows. Only the first of several with the same text is used.
         name: The task's name.
-        test_seed: The seed, with the name, of the choice of the test groups.
+        test_seed: The seed, with the name, of the choice of the test and the dev groups.
         test_share: The share of the groups that go to the test split.
         sizes: The number of rows by split; None for all (of dev: a tenth of the rows outside test).
         seed: The seed of the order and, with sizes, of the choice of rows.
@@ -86,7 +86,7 @@ def _position(salt: str, group: str) -> float:
 
 
 def _dev_groups(salt: str, rows: list[Row], count: int) -> set[str]:
-    """Choose groups with at least `count` rows in all; those of over a fifth of it come last, so that dev is varied."""
+    """Choose groups of `count` rows or more in all; those above a fifth of `count` come last, so that dev is varied."""
     sizes = Counter(row.group for row in rows)
     dev_groups: set[str] = set()
     num_rows = 0

@@ -32,8 +32,8 @@ class TaskSource:
         labels: The classes.
         read_rows: The function that reads the rows from the package's wheel.
         test_share: The share of the groups that go to the test split.
-        test_seed: The seed of the choice of the test groups. For a task of a few large groups, it was chosen so that
-            the class shares of the test split are like those of all rows.
+        test_seed: The seed of the choice of the test and the dev groups. For a task of a few large groups, it
+            was chosen so that the class shares of the test split are like those of all rows.
         metric: `accuracy` or `macro_f1`.
         max_length: The number of tokens that texts are truncated to.
         is_shuffled: Whether the rows are in no order, so that a small task can be read from their beginning.
@@ -149,7 +149,8 @@ def write_task(
         name: A key of `TASKS`.
         folder: The folder to write, which never exists incomplete. One written for the same arguments is left as it is.
         train: The number of training rows; all by default.
-        dev: The number of dev rows, which are held out of train; by default a tenth of `train`, or of all.
+        dev: The number of dev rows, which are held out of train; by default a tenth of `train` or, if that is
+            None too, of all rows outside test.
         test: The number of test rows; all by default.
         seed: The seed of the order and, with sizes, of the choice of rows.
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_CHARACTERS = 1_500
-"""The number of characters to which a task's texts are cut: more than the 256 tokens that a model reads of them."""
+"""The number of characters to which texts are cut in the tasks of news outlets and licences: more than the 256 tokens
+that a model reads of them."""
 
 _NOTICE = re.compile(r"copyright|©|\(c\)\s*\d{4}|all rights reserved", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z(\[])")
@@ -73,7 +74,7 @@ def text_key(text: str) -> bytes:
 
 
 def sentences(text: str) -> list[str]:
-    """Split a text after each full stop, question or exclamation mark that precedes a capital or a bracket.
+    """Split a text at each space between a full stop, question or exclamation mark and a capital or opening bracket.
 
     Args:
         text: A text on one line.

@@ -38,7 +38,7 @@ class Interval:
 
 def paired_difference(
     metric: Metric | str,
-    labels: ArrayLike,
+    targets: ArrayLike,
     predictions: ArrayLike,
     reference: ArrayLike,
     *,
@@ -51,7 +51,7 @@ def paired_difference(
 
     Args:
         metric: The metric, such as a task's `scoring`, or its name.
-        labels: One target per example.
+        targets: One target per example.
         predictions: The model's predictions, one per example.
         reference: The reference's predictions, one per example.
         confidence: The one-sided confidence of each end: at 0.95, one interval in 20 lies entirely above the truth.
@@ -64,13 +64,13 @@ def paired_difference(
     Raises:
         RecipeError: The confidence is below 0.5 or not below 1, or no task type has the metric.
         DataError: There are no examples.
-        MismatchError: The numbers of predictions and labels differ.
+        MismatchError: The numbers of predictions and targets differ.
     """
     import numpy as np
 
     if not 0.5 <= confidence < 1:
         raise RecipeError(f"confidence must be at least 0.5 and below 1, found {confidence}.")
-    model_scores, reference_scores = resampled_scores(metric, labels, [predictions, reference], seed=seed)
+    model_scores, reference_scores = resampled_scores(metric, targets, [predictions, reference], seed=seed)
     improvements = find_metric(metric).merit(model_scores - reference_scores)
     low, high = np.quantile(improvements[1:], [1 - confidence, confidence])
     return Interval(float(improvements[0]), float(low), float(high))
@@ -78,7 +78,7 @@ def paired_difference(
 
 def resampled_scores(
     metric: Metric | str,
-    labels: ArrayLike,
+    targets: ArrayLike,
     predictions: Sequence[ArrayLike],
     *,
     seed: int = 0,
@@ -88,7 +88,7 @@ def resampled_scores(
 
     Args:
         metric: The metric, such as a task's `scoring`, or its name.
-        labels: One target per example.
+        targets: One target per example.
         predictions: For each model, one prediction per example.
         seed: The seed of the resamples.
         resamples: The number of resamples.
@@ -99,12 +99,12 @@ def resampled_scores(
     Raises:
         RecipeError: No task type has a metric of that name.
         DataError: There are no examples.
-        MismatchError: The numbers of predictions and labels differ.
+        MismatchError: The numbers of predictions and targets differ.
     """
     import numpy as np
 
-    evaluations = [evaluate(metric, labels, model_predictions) for model_predictions in predictions]
-    num_examples = len(np.asarray(labels))
+    evaluations = [evaluate(metric, targets, model_predictions) for model_predictions in predictions]
+    num_examples = len(np.asarray(targets))
     width = max(num_examples, *(evaluation.width for evaluation in evaluations))
     block_size = max(1, BLOCK_ELEMENTS // width)
     generator = np.random.default_rng(seed)

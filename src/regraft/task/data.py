@@ -118,7 +118,7 @@ class TaskData:
             seed: The seed of the sample.
 
         Returns:
-            The same task with fewer examples.
+            The same task's data with fewer examples of train and dev.
 
         Raises:
             DataError: A stratum of train has fewer examples, or the examples are not labelled.
@@ -173,7 +173,7 @@ class TaskData:
                 written.
 
         Returns:
-            The task with the labels `head_labels`, and targets encoded accordingly.
+            The task's data with the labels `head_labels`, and targets encoded accordingly.
 
         Raises:
             MismatchError: The labels are different, or can be paired in more than one way.

@@ -71,9 +71,10 @@ def read_delimited(
     """Parse columns of CSV or TSV.
 
     A TSV file does not say whether a double quote at the start of a field opens a quoted field (as pandas writes it) or
-    is an ordinary character (as in GLUE and most corpora). If nothing is declared and the two interpretations differ,
-    the quotes decide. Fields are quoted if every quote that opens a field is also closed, unless such a field seems
-    to contain several rows. Otherwise quotes are characters, unless some are doubled, as writers of quoted fields do.
+    is an ordinary character (as in GLUE and most corpora). If nothing is declared, the quotes decide.
+    If every quote that opens a field is also closed, fields are taken as quoted; a field that seems to contain several
+    rows is then an error. Otherwise, quotes are taken as characters; doubled quotes, which writers of quoted fields
+    write, are then an error.
 
     Args:
         path: The path of the file, which messages name.
@@ -183,7 +184,7 @@ def _explain_field_count(file: _File, quoting: Quoting, row: int, num_columns: i
 
 
 def _check_delimiter(file: _File, header: list[str]) -> None:
-    """Refuse a file whose header is a single field that contains all columns, separated by a different delimiter."""
+    """Refuse a file whose header is a single field: all requested columns, separated by a different delimiter."""
     if len(header) > 1 or len(file.columns) == 1:
         return
     for delimiter in ",;\t|":
@@ -197,8 +198,10 @@ def _check_delimiter(file: _File, header: list[str]) -> None:
 def _find_swallowed_rows(file: _File, quoted: _Parsed, *, is_plain_valid: bool) -> _Span | None:
     """Find a row that seems to consist of several rows between two unrelated quotes.
 
-    A quoted text that spans lines begins in one line and ends in another. Neither line has all fields of a row or, if
-    the text contains delimiters, a label in the label's field. Lines that have them are rows by themselves.
+    A quoted text that spans lines begins in one line and ends in another, and neither of these lines is a row by
+    itself. Both seem to be rows if they have as many fields as the header. If the file cannot be parsed with quotes as
+    characters, delimiters inside the text may explain that number of fields. Both lines must then also have a known
+    label in the label's field.
 
     Args:
         file: The file, with its label column if it has one.

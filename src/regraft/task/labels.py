@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # more than `errors.MAX_LISTED`: users look for the correct name in the list; most tables have fewer columns
 MAX_CANDIDATES = 20
-"""The number of label or column names that a message lists."""
+"""The largest number of names of labels, columns or task types that a message lists."""
 _WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0+")
 _MISSING_VALUES = frozenset(("na", "n/a", "#n/a", "nan", "none", "null", "nil", "<na>", "-", "?"))
 """The texts that spreadsheets, pandas and databases write for a missing value, in lower case."""
@@ -71,7 +71,7 @@ def pair_names(names: Sequence[str], head_names: Sequence[str]) -> dict[str, str
     """Pair a task's label names with a head's, which another tool may have spelled differently.
 
     Names are paired by the first of three keys under which the pairing is one to one: the name itself; the name with
-    booleans and whole numbers normalised by `label_name`; the name folded by `fold_name`.
+    booleans and whole numbers normalised by `label_name`; that normalised name, folded by `fold_name`.
 
     Args:
         names: The label names of the task.

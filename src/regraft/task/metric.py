@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 Score = TypeVar("Score", float, "Floats")
 
 MIN_HEADROOM = 0.03
-"""The least gain of a reference over chance for which recovery is computed: a share of less is mostly noise."""
+"""By a bounded metric, the least gain of a reference over chance for which recovery is computed: a share of less is
+mostly noise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,14 +144,15 @@ def recovery(value: float, chance: float, reference: float, metric: Metric | Non
         metric: The metric of the scores; None for a bounded metric of which higher is better.
 
     Returns:
-        The share, which may be below 0 or above 1; None if the reference gains nothing, or less than `MIN_HEADROOM`.
+        The share, which may be below 0 or above 1; None if the reference gains nothing or, by a bounded
+        metric, less than `MIN_HEADROOM`.
     """
     gain = reference - chance
     headroom = MIN_HEADROOM
     if metric is not None:
         gain = metric.gain(reference, chance)
         headroom = metric.share_to_difference(MIN_HEADROOM, chance, reference)
-    is_sufficient = gain >= headroom and gain > 0  # False if a score is NaN
+    is_sufficient = gain >= headroom and gain > 0  # False if the reference or chance is NaN
     return (value - chance) / (reference - chance) if is_sufficient else None
 
 

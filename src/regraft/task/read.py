@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 def read_task(task: Task, seed: int = 0) -> TaskData:
     """Read the examples of a task.
 
-    Without a dev source, a tenth of each stratum of train is held out as dev; with `task.shots`, a few examples of each
-    stratum are kept.
+    Without a dev source, a tenth of each stratum of train is held out as dev; with `task.shots`, only a few examples of
+    each stratum of train and dev are kept.
 
     Args:
         task: A task of any type, with absolute paths if it was loaded from a file.

@@ -49,7 +49,7 @@ def draw_indices(split: Split, task: Task, labels: Sequence[str], counts: Sequen
 
 
 def hold_out(train: Split, task: Task, labels: Sequence[str], seed: int) -> tuple[Split, Split]:
-    """Hold out a dev split from train: a tenth of each stratum, and at least one example of each that has two.
+    """Hold out a dev split from train: a tenth of each stratum, and at least one example of each that has two or more.
 
     Args:
         train: All training examples.

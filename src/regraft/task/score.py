@@ -38,47 +38,47 @@ def find_metric(metric: Metric | str) -> Metric:
     return metrics[metric]
 
 
-def score(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) -> float:
+def score(metric: Metric | str, targets: ArrayLike, predictions: ArrayLike) -> float:
     """Score predictions by a metric.
 
     Args:
         metric: The metric, such as a task's `scoring`, or its name.
-        labels: One target per example.
+        targets: One target per example.
         predictions: One prediction per example.
 
     Raises:
         RecipeError: No task type has a metric of that name.
         DataError: There are no examples.
-        MismatchError: The numbers of predictions and labels differ.
+        MismatchError: The numbers of predictions and targets differ.
     """
-    return float(evaluate(metric, labels, predictions).scores(None)[0])
+    return float(evaluate(metric, targets, predictions).scores(None)[0])
 
 
-def evaluate(metric: Metric | str, labels: ArrayLike, predictions: ArrayLike) -> Evaluation:
+def evaluate(metric: Metric | str, targets: ArrayLike, predictions: ArrayLike) -> Evaluation:
     """Apply a metric to predictions, so that they can be scored on any resample of the examples.
 
     Args:
         metric: The metric, such as a task's `scoring`, or its name.
-        labels: One target per example.
+        targets: One target per example.
         predictions: One prediction per example.
 
     Raises:
         RecipeError: No task type has a metric of that name.
         DataError: There are no examples.
-        MismatchError: The numbers of predictions and labels differ.
+        MismatchError: The numbers of predictions and targets differ.
     """
     import numpy as np
 
     metric = find_metric(metric)
-    targets, predicted = np.asarray(labels), np.asarray(predictions)
-    require_equal_lengths(labels=len(targets), predictions=len(predicted))
-    if not len(targets):
+    target_array, predicted = np.asarray(targets), np.asarray(predictions)
+    require_equal_lengths(targets=len(target_array), predictions=len(predicted))
+    if not len(target_array):
         raise DataError("there are no examples to score. Use a split that has some.")
-    return metric.evaluate(targets, predicted)
+    return metric.evaluate(target_array, predicted)
 
 
 def chance_score(data: TaskData, split: Split) -> float:
-    """Score the best prediction that ignores the input, such as the most frequent class of train.
+    """Score the best prediction that is the same for every input, such as the most frequent class of train.
 
     Args:
         data: The task's data, whose train split determines the prediction.
@@ -91,11 +91,11 @@ def chance_score(data: TaskData, split: Split) -> float:
     return score(data.task.scoring, split.targets, [prediction] * len(split))
 
 
-def flips(labels: ArrayLike, before: ArrayLike, after: ArrayLike) -> Flips:
+def flips(targets: ArrayLike, before: ArrayLike, after: ArrayLike) -> Flips:
     """Count negative and positive flips; a prediction is right if it equals the target.
 
     Args:
-        labels: One target per example.
+        targets: One target per example.
         before: One prediction per example, before the upgrade.
         after: One prediction per example, after the upgrade.
 
@@ -104,6 +104,6 @@ def flips(labels: ArrayLike, before: ArrayLike, after: ArrayLike) -> Flips:
     """
     import numpy as np
 
-    targets, old, new = np.asarray(labels), np.asarray(before), np.asarray(after)
-    require_equal_lengths(labels=len(targets), before=len(old), after=len(new))
-    return count_flips((old == targets).tolist(), (new == targets).tolist())
+    target_array, old, new = np.asarray(targets), np.asarray(before), np.asarray(after)
+    require_equal_lengths(targets=len(target_array), before=len(old), after=len(new))
+    return count_flips((old == target_array).tolist(), (new == target_array).tolist())

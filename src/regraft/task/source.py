@@ -37,7 +37,9 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
 class HubSplit(BaseModel):
-    """A split of a data set that `datasets` loads: one of the Hugging Face Hub, or a local folder of data files.
+    """A split of a data set that `datasets` loads: one of the Hugging Face Hub, or a local folder.
+
+    The folder holds data files, or was written by `save_to_disk`.
 
     Args:
         dataset: The name of the data set on the Hub, or a folder.

@@ -72,7 +72,7 @@ def data_warnings(data: TaskData) -> list[str]:
     """Describe problems that make a task's scores unreliable.
 
     Returns:
-        One sentence per problem: label names that look alike or look like missing values, a dev or test split that is
+        One message per problem: label names that look alike or look like missing values, a dev or test split that is
         tiny or of a single class, test examples that are also in train.
     """
     label_warnings = data.task.label_warnings(data.labels) if data.labelled else []

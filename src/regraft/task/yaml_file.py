@@ -35,7 +35,7 @@ _short.maxother = 100
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that leaves scalars as text, so that labels such as `no`, `01` and `1.0` stay as written."""
+    """A YAML loader that leaves scalars but null as text: labels such as `no`, `01` and `1.0` stay as written."""
 
     def get_single_node(self) -> yaml.Node | None:
         """Refuse a document that is too large or has tags, before its values are built."""
@@ -63,7 +63,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int | None]) -> int:
-    """Count the values of a node with all aliases expanded, and refuse tags other than text, lists and mappings.
+    """Count the values of a node with all aliases expanded, and refuse all tags but text, null, lists and mappings.
 
     Args:
         node: The root of the values to count.
@@ -155,7 +155,8 @@ def validate(model: type[Model], values: Mapping[str, Any], origin: str) -> Mode
         The validated model.
 
     Raises:
-        DataError: Keys are unknown or missing, or values are invalid; the message has one line per problem.
+        DataError: Keys are unknown or missing, or values are invalid; the message has one line per problem, for up
+            to `MAX_PROBLEMS` problems.
     """
     try:
         return model.model_validate(dict(values))

@@ -93,8 +93,8 @@ class Examples:
 
         Returns:
             The model's inputs, each examples × tokens, with `attention_mask`. For each row, the target (`targets`) and
-            the row index (`row`). Unless each example has a single row, also the indices of each row's example and
-            token in the batch (`example`, `token`).
+            the row index (`row`). If `tokens` is not None, also the indices of each row's example and token in the
+            batch (`example`, `token`).
         """
         import torch
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The layers that turn a model's hidden states into outputs for a task.
+    """A description of the layers that turn a model's hidden states into outputs for a task.
 
     Args:
         type: The task type that the head is for.

@@ -117,7 +117,7 @@ class Likelihood(Protocol):
         """
 
     def gradient_scale(self, temperature: float) -> float:
-        """Return the factor that makes gradients of a softened divergence as large as those at temperature 1.
+        """Return the factor that makes gradients of a softened divergence about as large as those at temperature 1.
 
         Args:
             temperature: The temperature of `divergence_terms`.

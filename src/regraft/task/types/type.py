@@ -248,7 +248,7 @@ class Task(BaseModel, ABC):
 
     @abstractmethod
     def chance_prediction(self, targets: Targets, labels: Sequence[str]) -> Any:
-        """Return the best prediction that ignores the input; its score is the chance score.
+        """Return the best prediction that is the same for every input; its score is the chance score.
 
         Args:
             targets: The training targets.
@@ -308,7 +308,7 @@ class Task(BaseModel, ABC):
         return ()
 
     def label_warnings(self, labels: Sequence[str]) -> list[str]:
-        """Return one sentence per problem of the label names, such as two names that look alike."""
+        """Return one message per problem of the label names, such as two names that look alike."""
         return []
 
     def as_text(self, inputs: Any) -> str:

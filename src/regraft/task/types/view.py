@@ -22,7 +22,7 @@ class ModelPredictions:
 
     Args:
         predictions: One prediction per example.
-        confidence: The probability that the model gives to each prediction; None if its outputs have no probabilities.
+        confidence: The probability that the model gives to each prediction; None if it is the same for all of them.
         right: Whether each prediction is right.
     """
 
