@@ -22,11 +22,11 @@ NUM_SEEDS = 2**32
 MAX_BATCH_SIZE = 2**16
 """Above every batch size in use for tuning: a larger one is a mistake, and would run out of memory at once."""
 MAX_EXAMPLES = 10**8
-"""Steps × batch size: the order of the examples is an int64 array in memory, 800 MB at this size."""
+"""The largest product of steps and batch size: the order of the examples is an int64 array in memory, then 800 MB."""
 PRECISIONS = ("auto", "bf16", "fp32")
 """The values of `Recipe.precision`."""
 DECAY_SCHEDULES = ("none", "linear", "cosine")
-"""The values of the option `decay` of methods: how a weight of the loss falls to 0 over the training."""
+"""The values of the option `decay` of methods: a weight of the loss stays as it is, or falls to 0 over the training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +41,19 @@ class Recipe:
         batch_size: Examples per step; in pre-training, packed blocks.
         learning_rate: Peak learning rate; by default 5e-5 (full), 5e-4 (LoRA), 1e-4 (pre-training), … by kind.
         warmup: Fraction of the steps over which the learning rate rises to its peak.
-        weight_decay: Weight decay of AdamW, applied to matrices only.
-        eval_every: Steps between evaluations; by default about ten evaluations in all.
+        weight_decay: Weight decay of AdamW, applied to all tuned parameters except biases and norms.
+        eval_every: Steps between evaluations; by default 1, 2 or 5 × 10ⁿ, for at most 12 evaluations after the start.
         save_every: Steps between the checkpoints from which an interrupted run resumes.
-        seed: Seed of fresh heads, few-shot samples, the order of the data, dropout and masking.
-        precision: `bf16` (autocast), `fp32`, or `auto`: bf16 if the device has bf16 arithmetic, else fp32.
+        seed: Seed of fresh heads and adapters, few-shot samples, the order of the data, dropout and masking.
+        precision: `bf16` (autocast), `fp32`, or `auto`: bf16 on a CUDA GPU or a processor with bf16 arithmetic, else
+            fp32.
         average: Fraction of the steps after which the evaluated weights are averaged, as one more candidate for the
             best weights (stochastic weight averaging, Izmailov et al. 2018, arXiv:1803.05407); 0 for no average.
 
     Raises:
-        RecipeError: `warmup` or `average` is not from 0 to below 1, `weight_decay` is negative, `seed` is not a 32-bit
-            number, `precision` is unknown, another number is not above 0, a number is infinite or NaN, or batch size
-            or examples are too many.
+        RecipeError: `warmup` or `average` is not from 0 to below 1, `weight_decay` is negative, `seed` is not from 0 to
+            2³² − 1, `precision` is unknown, another number is not above 0, a number is infinite or NaN, the batch size
+            is above `MAX_BATCH_SIZE`, or `steps` × `batch_size` is above `MAX_EXAMPLES`.
     """
 
     steps: int | None = None
@@ -186,7 +187,7 @@ def preferred_precision() -> str:
     """Return the precision in which the device computes fastest without a loss of range.
 
     Returns:
-        `bf16` if the accelerator or the processor has bfloat16 arithmetic, else `fp32`.
+        `bf16` on a CUDA GPU, or without any accelerator on a processor, if it has bfloat16 arithmetic; else `fp32`.
     """
     import torch
 

@@ -1,9 +1,10 @@
 """`aligned`: the old delta, rotated into the coordinates of the new base.
 
-For bases that were re-trained rather than continually pre-trained: their features may agree up to a rotation.
+For new bases that were pre-trained anew rather than continued from the old one: features may agree up to a rotation.
 
-Source: the Procrustes transport of task vectors, as in Theseus and in Re-Basin (Ainsworth et al., 2023,
-arXiv:2209.04836).
+Source: Theseus, Transporting Task Vectors across Different Architectures without Training (Rinaldi et al., 2026,
+arXiv:2602.12952), which also moves deltas by orthogonal Procrustes analysis of activations. Git Re-Basin (Ainsworth
+et al., 2023, arXiv:2209.04836) aligns units by permutations instead.
 """
 
 from __future__ import annotations
@@ -48,11 +49,13 @@ class Alignment:
 def graft_aligned(job: Job, options: Alignment) -> nn.Module:
     """Compute rotations of the inputs and outputs of each module, and rotate its delta by both.
 
-    A module's inputs x and outputs y are related by x_n ≈ R·x_o and y_n ≈ S·y_o on the same tokens of the task's texts.
-    The delta D of a linear layer becomes S·D·Rᵀ; in a LoRA, B becomes S·B and A becomes A·Rᵀ. The delta d of a bias
-    becomes S·d, and the delta e of an embedding row S·e. The delta g of a norm's gain becomes the diagonal of
-    S·diag(g)·Sᵀ. A head's weight W becomes W·Rᵀ. Experts and other modules keep their delta, and the outcome's notes
-    name them.
+    A module has the inputs x_o and outputs y_o in the old base, and x_n and y_n in the new base, on the same tokens of
+    the task's texts. R and S are the rotations with x_n ≈ R·x_o and y_n ≈ S·y_o; for a norm, S is the rotation of its
+    inputs. The delta D of a linear layer becomes S·D·Rᵀ; in a LoRA, B becomes S·B and A becomes A·Rᵀ. In bottleneck
+    adapters, which read and change y, the first layer's weight W becomes W·Sᵀ, and the second layer's weight W and bias
+    b become S·W and S·b. The delta d of a bias becomes S·d, and the delta e of an embedding row S·e. The delta g of a
+    norm's gain becomes the diagonal of S·diag(g)·Sᵀ. The weight W of the head's first layer becomes W·Rᵀ. Experts and
+    other modules keep their delta, and the outcome's notes name them.
 
     Args:
         job: The job, with the task's training texts.
@@ -62,8 +65,8 @@ def graft_aligned(job: Job, options: Alignment) -> nn.Module:
         The model, ready for tuning.
 
     Raises:
-        KindError: The adaptation's kind is not supported, none of its modules can be rotated, or too few texts can be
-            aligned between the two tokenizers.
+        KindError: The adaptation's kind is not supported, none of its modules can be rotated, or the two tokenizers
+            divide too few of the texts into the same tokens.
     """
     from regraft.adaptation import fresh_model, load_model
     from regraft.adaptation.changes import SUPPORTED_KINDS
@@ -171,7 +174,7 @@ class _RotatedModel:
         self.rotated_names: set[str] = set()
 
     def is_head(self, name: str) -> bool:
-        """Return whether a module belongs to the head rather than to the base."""
+        """Return whether a module belongs to the head, or to a pooler that the old base lacks."""
         from regraft.adaptation.changes import base_tensor
 
         return base_tensor(f"{name}.weight", self.old) is None

@@ -33,15 +33,17 @@ class Auto:
     """Options of `auto`: the stages to run, and the target that ends them.
 
     Args:
-        tolerance: How far below the target the score may be: 0.01 is one point, or if 1 does not bound the metric, a
-            hundredth of the old deployment's score above chance.
-        target: A dev score to reach; None for the old deployment's, raised if the new base is better at the task.
-        confidence: The confidence that no more is lost, by the paired bootstrap over dev.
-        labels: Whether to use labels; if not, the old model's predictions replace them.
+        tolerance: How much worse than the target the score may be: 0.01 is one point, or for a metric whose best score
+            is not 1, a hundredth of the distance from chance to the old deployment's score.
+        target: A dev score to reach; None for the old deployment's, made stricter if the new base is better at the
+            task.
+        confidence: The confidence that no more than the tolerance is lost, by the paired bootstrap over dev.
+        labels: Whether to use labels, which the task must then have. If not, texts suffice, and the old model's
+            predictions replace the labels.
         training_free: The methods to try before any tuning, in order; the first must be `direct`.
-        budgets: The shares of the recipe's steps after which tuning is tested; each stage continues the previous one.
-        scratch: Whether to tune from scratch if every other stage recovers less than half of the old score above
-            chance.
+        budgets: The shares of the recipe's steps after which tuning is tested, one round of tuning per share.
+        scratch: Whether to tune from scratch if nothing passes and every other stage recovers less than half of the
+            old score above chance.
 
     Raises:
         RecipeError: `tolerance` is negative, infinite or NaN, `confidence` is not from 0.5 to below 1, `target` is
@@ -81,12 +83,13 @@ class Auto:
 def find_cheapest(job: Job, options: Auto) -> Curve:
     """Run stage after stage until one passes, or until more tuning no longer helps.
 
-    A stage passes if its dev score is at most the tolerance below the target, with the chosen confidence. By default
-    the target is the old deployment's score; if a linear probe on the bases' features scores significantly higher on
-    the new base, the probe's gain is added. Tuning starts from the best stage so far, and ends once a stage of it gains
-    less than the tolerance, unless that is the first one and clearly fails. If little of the old score is recovered,
-    scratch is tried too. If no stage passes, the result is the cheapest stage that no more expensive one beats by more
-    than the tolerance.
+    The stages are the methods without training, and then rounds of tuning. A stage passes if its dev score is worse
+    than the target by at most the tolerance, with the chosen confidence. By default the target is the old deployment's
+    score; if a linear probe on the bases' features scores significantly better on the new base, the target is better by
+    the probe's gain. Each round of tuning starts from the best stage so far. Tuning ends after a round that gains less
+    than the tolerance, except after a first round that clearly fails. If then little of the old score is recovered,
+    scratch is tried too. If no stage passes, the stages are compared in the order in which they ran, and a later one is
+    preferred to the best before it only if it is better by more than the tolerance.
 
     Args:
         job: The job; the chosen stage's adaptation is copied to its output folder.
@@ -149,9 +152,9 @@ class _Stages:
         for result in self.results:
             steps = joined[-1]["step"] if joined else 0
             seconds = joined[-1]["seconds"] if joined else 0.0
-            # further tuning starts with the evaluation that the previous curve ends with
-            repeats_last = bool(joined) and result["rung"] != "scratch"
-            points = result["curve"][1:] if repeats_last else result["curve"]
+            # further tuning starts with an evaluation of weights that an earlier stage has evaluated
+            repeats_evaluation = bool(joined) and result["rung"] != "scratch"
+            points = result["curve"][1:] if repeats_evaluation else result["curve"]
             joined += [
                 {**point, "step": point["step"] + steps, "seconds": point["seconds"] + seconds} for point in points
             ]
@@ -167,7 +170,7 @@ class _Stages:
         return best
 
     def run_method(self, name: str) -> dict[str, Any] | None:
-        """Run a method with its default options; return None if it does not support this kind of adaptation."""
+        """Run a method with its default options; return None if it does not support the adaptation or the upgrade."""
         from regraft.methods.registry import find_method  # the registry imports this module
 
         try:
@@ -266,6 +269,6 @@ def _needs(options: Auto) -> tuple[str, ...]:
 
 AUTO = Method(
     "auto",
-    "the cheapest of the methods that passes a test",
+    "the cheapest stage that reaches the old model's score",
     (Part("auto", find_cheapest, Auto, needs=_needs, scores_agreement=lambda options: not options.labels),),
 )

@@ -1,4 +1,4 @@
-"""Conversion of an adaptation to another kind: a full fine-tune to a LoRA, an adapter to a full fine-tune."""
+"""Conversion of an adaptation to a full fine-tune or to a LoRA."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Conversion:
         path: The folder of the new adaptation.
         kind: The kind of the new adaptation, `full` or `lora`.
         preserved: The share of the delta's squared norm that the new adaptation preserves, 0–1.
-        excluded: The share that is in tensors which the new kind cannot change, 0–1.
+        excluded: The share of the delta's squared norm that is in tensors which the new kind cannot change, 0–1.
     """
 
     path: Path
@@ -77,10 +77,10 @@ def convert(
     force: bool = False,
     progress: Progress = silent,
 ) -> Conversion:
-    """Convert an adaptation to another kind, on the base it was tuned on or on the upgraded one.
+    """Convert an adaptation to another kind, or a LoRA to another rank, on the base it was tuned on or on a new one.
 
-    An adapter that multiplies or renormalises weights is converted to the change that it makes to the old base, also
-    for a new base.
+    An adapter that multiplies or renormalises weights is converted to the change that it makes to the old base, even
+    if the result is for a new base.
 
     Args:
         adaptation: The adaptation, or its folder.
@@ -95,7 +95,7 @@ def convert(
         progress: Called at each layer.
 
     Returns:
-        The new adaptation's folder, and the shares of the delta that it preserves and that it cannot have.
+        The new adaptation's folder, and the shares of the delta that are preserved and excluded.
 
     Raises:
         CheckpointError: A weight file is incomplete or damaged.

@@ -16,17 +16,19 @@ if TYPE_CHECKING:
 def measure_cross_moments(
     forwards: Sequence[BlockwiseForward], table_moments: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
-    """Run the next part of both bases, and return E[x_n·xᵀ_o] for inputs and outputs x of each module with weights.
+    """Run the next part of both bases, and return moments of linear layers, norms and embeddings.
 
-    A norm's output has the moment of its input, and an embedding's output the moment of its table.
+    A moment is the sum of x_n·x_oᵀ over tokens, where x_o and x_n are the inputs, or the outputs, of the same module in
+    the old and in the new base. For the outputs of a norm, the moment of its inputs is returned, and for the outputs of
+    an embedding that of its table.
 
     Args:
         forwards: The forward passes of the old and the new base.
         table_moments: The result of `compute_table_moments`.
 
     Returns:
-        By the module's name, in the order of execution: the moment of the inputs, None except for linear layers; and
-        the moment of the outputs.
+        By the module's name, in the order of execution after all embeddings: the moment of the inputs, None except for
+        linear layers; and the moment of the outputs.
     """
     old, new = forwards
     old_modules, new_modules = (
@@ -61,7 +63,9 @@ def measure_cross_moments(
 
 
 def compute_table_moments(forwards: Sequence[BlockwiseForward], excluded: Collection[str]) -> dict[str, torch.Tensor]:
-    """Compute the cross moments of embedding tables, summed by width: the first block reads sums of their rows.
+    """Compute the cross moments of embedding tables, summed over tables of equal width.
+
+    They are summed because the first block reads sums of rows of several tables, such as words and positions.
 
     Args:
         forwards: The forward passes of the old and the new base.
@@ -98,8 +102,8 @@ def _pair_moments(
 ) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
     """Pair the moments of each module's inputs and outputs, and replace output moments of too low a rank.
 
-    The output of a linear layer that is wider than the input does not determine a rotation. Such an output takes the
-    moment of the next linear layer's input of the same width.
+    The output of a linear layer that is wider than its input does not determine a rotation. Such an output gets the
+    moment of the next linear layer's input that is as wide, if there is one.
     """
     pairs: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
     next_inputs: dict[int, torch.Tensor] = {}  # the moment of the next linear layer's input, by width

@@ -53,14 +53,14 @@ class Evidence:
 def sample_evidence(job: Job, examples_per_stratum: int, min_confidence: float = 0.0) -> Evidence:
     """Draw training examples, with targets or the old model's outputs as the reference.
 
-    The number of labels that are read is noted in the job.
+    The number of labelled examples that are drawn is noted in the job.
 
     Args:
         job: The job, with the task's training examples.
         examples_per_stratum: The number of examples with targets per stratum, which is a class in classification; 0 to
             draw from all examples and use the old model's outputs.
-        min_confidence: Without labels: the least confidence, 0–1, of the old model's prediction for an example to be
-            used.
+        min_confidence: Without targets: the least confidence, 0–1, that the old model's prediction for an example must
+            have for the example to be used.
 
     Returns:
         At most `MAX_EXAMPLES` examples, or one per stratum if there are more strata; none if the old model is confident

@@ -41,17 +41,18 @@ class Job:
     Args:
         upgrade: The old and the new base.
         adaptation: The adaptation on the old base.
-        data: The task's data, with classes in the order of the new head.
+        data: The task's data, with labels in the order of the new head's outputs.
         recipe: The recipe, resolved for this data.
         work_folder: The folder for the state from which an interrupted job resumes.
         output_folder: The folder for the new adaptation.
         progress: Called at each step.
-        row_match: The match by token between the embedding rows of the adaptation and of both bases; None if the rows
-            stand for the same tokens.
+        row_match: The match by token between the embedding rows of the adaptation and of both bases; None if equal
+            rows stand for equal tokens in all three.
         head: The policy for the old head.
-        replace: Whether to use the tensors that an adapter stores in place of its base's as they are on the new base.
+        replace: Whether to copy the tensors that an adapter stores in place of its base's, rather than to graft their
+            change.
         notes: The method's notes, recorded in the outcome as JSON. `labels`, if present, is the number of labelled
-            examples that were used; otherwise it is counted from the steps of the learning curve.
+            examples that were used; otherwise these are counted from `labelled_rows` and the training's steps.
         labelled_rows: The row numbers of training examples whose labels a start has read.
     """
 
@@ -147,7 +148,7 @@ class Job:
         """Deploy a model on the new base, to run it on the task's examples.
 
         Args:
-            model: A model that `build_fresh_model`, `load` or `build_grafted_model` returned.
+            model: A model of the task on the new base.
 
         Returns:
             The deployment, which runs each split once.
@@ -172,7 +173,7 @@ class Job:
         """
         old = self.upgrade.old
         adaptation = self.adaptation
-        if adaptation.changed_base:  # grafted, it is a plain LoRA whose shapes differ from the stored ones
+        if adaptation.changed_base:  # the new model is then a plain LoRA, whose shapes differ from the stored ones
             folder = self.work_folder / "teacher"
             write_graft(adaptation, Upgrade(old, old), folder, self.progress)
             adaptation = load_adaptation(folder)
@@ -194,14 +195,14 @@ class Job:
         *,
         teacher_selects_best: bool = False,
     ) -> list[dict[str, float]]:
-        """Tune a model on the task, with a teacher if options are passed, and write it to the output folder.
+        """Tune a model on the task, with a teacher if options of distillation are passed, and write the best weights.
 
         Args:
             model: A model that `build_fresh_model`, `load` or `build_grafted_model` returned.
             options: The options of distillation, with the old model as the teacher; None for no teacher.
             anchor: The penalty on the distance from the start; None for no penalty.
-            teacher_selects_best: Whether to select the best weights by agreement with the teacher rather than by
-                labels.
+            teacher_selects_best: Whether to select the best weights by agreement with the teacher on dev, rather than
+                by the score, which needs labels.
 
         Returns:
             The learning curve.

@@ -26,7 +26,7 @@ class LabelFree:
 
     Args:
         beta: The weight of the mean squared error of hidden states; 0 for none.
-        temperature: The temperature that both models' outputs are softened by.
+        temperature: The temperature that softens both models' outputs, above 0 and up to 10,000.
         text: A text file (one text per line) or JSONL file (column `text`) to learn from in place of the task's
             training texts; the number of steps stays the same.
 
@@ -47,8 +47,8 @@ class LabelFree:
 def distil_on_texts(job: Job, model: nn.Module, options: LabelFree) -> Curve:
     """Train the new model to reproduce the old model's outputs, without any label.
 
-    The best weights are those whose dev outputs are closest to the old model's. Errors that both models make, and
-    improvements that the new base would allow, cannot be measured without labels.
+    The best weights are those whose class probabilities on dev are closest to the old model's. Errors that both models
+    make, and improvements that the new base would allow, cannot be measured without labels.
 
     Args:
         job: The job, with the task's training texts.
@@ -59,7 +59,9 @@ def distil_on_texts(job: Job, model: nn.Module, options: LabelFree) -> Curve:
         The learning curve; its `score` is the mean overlap of the class probabilities with the old model's, 0–1.
 
     Raises:
-        DataError: The file of texts is missing, has no text, or has a row that cannot be read.
+        DataError: The file of texts is missing, has no text, or has a row that cannot be read, or the task's inputs are
+            not texts.
+        RecipeError: A number in the options is out of range, or a loss or a score became infinite or NaN.
     """
     if options.text:
         job = dataclasses.replace(job, data=dataclasses.replace(job.data, train=read_texts(options.text, job.data)))
@@ -92,13 +94,14 @@ def read_texts(file: str, data: TaskData) -> Split:
 
     Args:
         file: A text file, with one text per line, or a JSONL file with a column `text`.
-        data: The task's data, whose type of inputs the texts become.
+        data: The task's data; the texts become inputs of its task type.
 
     Returns:
         The texts as a training split, with placeholders as targets.
 
     Raises:
-        DataError: The file is missing, has no text, or has a row that cannot be read.
+        DataError: The file is missing, has no text, or has a row that cannot be read, or the task's inputs are not
+            texts.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""`masked`: the part of the old delta that lowers the loss on the new base.
+"""`masked`: the part of the old delta that does not raise the loss on the new base.
 
 Source: GradFix, Gradient-Sign Masking for Task Vector Transport Across Pre-Trained Models (Rinaldi et al., 2025,
 arXiv:2510.09658): an entry of the delta is kept if it has the sign of −∂L/∂θ at the new base. In the paper, an entry
@@ -29,8 +29,9 @@ class Masking:
     """Options of `masked`: the examples that the gradient is computed on.
 
     Args:
-        labels: The number of training examples per class; 0 to use the divergence from the old model's outputs on
-            training texts as the loss, without labels.
+        labels: The number of labelled training examples per class (at most 256 in all, but one of each class); 0 to use
+            the divergence from the old model's outputs on training texts as the loss, for which the task needs no
+            labels.
 
     Raises:
         RecipeError: `labels` is negative.
@@ -45,7 +46,11 @@ class Masking:
 
 
 def graft_masked(job: Job, options: Masking) -> None:
-    """Compute the gradient at the new base with the old head, and graft the entries of the delta that agree with it.
+    """Compute the loss's gradient at the new base with the old head, and graft the part of the delta against it.
+
+    An entry of the delta is set to zero if it has the sign of the gradient, since adding it would raise the loss. For a
+    LoRA, these are the entries of the dense delta, which is then compressed to the LoRA's rank. The delta of a tensor
+    that the upgrade did not change is kept whole.
 
     Args:
         job: The job, with the task's training examples.
@@ -119,7 +124,7 @@ MASKED = Start(
     "masked",
     graft_masked,
     Masking,
-    summary="keep the entries of the old delta that agree with the new base's gradient",
+    summary="keep the entries of the old delta that do not raise the loss on the new base",
     needs=lambda options: ("labels",) if options.labels else ("text",),
     heads=OLD_HEAD_ONLY,
 )

@@ -37,8 +37,8 @@ class Part:
         run: The function; its arguments and results are described in `Start`, `Objective` and `Method`.
         options: The dataclass of the part's options; None if it has none.
         summary: One line on what the part does; the summary of an objective continues "start from …, ".
-        needs: Some of `labels`, `text` (of the task, unlabelled), `tasks` (other tasks, tuned on both bases) and
-            `training`; or a function of the options that returns them.
+        needs: Some of `labels`, `text` (texts of the task, labelled or not), `tasks` (other tasks, tuned on both bases
+            or on the old one) and `training`; or a function of the options that returns them.
         heads: The policies for the old head that the part accepts, or a function of the options that returns them.
         contents: A function of the options and the seed that identifies the content of files named in the options, as
             JSON by name, for the provenance of an outcome.
@@ -68,14 +68,14 @@ class Part:
             if not OPTION_TYPE.fullmatch(declared_type(field)):
                 raise RecipeError(
                     f"{self.name}: its option {field.name} is of type {declared_type(field)}. Declare it as bool, int, "
-                    "float or str, as tuple[…, ...] of these, or with | None."
+                    "float or str, as tuple[…, ...] of int, float or str, or as one of these with | None."
                 )
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 raise RecipeError(f"{self.name}: its option {field.name} needs a default.")
 
 
 class Start(Part):
-    """A way to carry old weights over to the new base; by itself a method without training.
+    """A way to get a model on the new base, usually from the old weights; by itself a method without training.
 
     `run(job, options)` returns the model, or writes the adaptation to `job.output_folder` and returns None.
     """
@@ -170,7 +170,7 @@ class Method:
             options: As in `complete`.
 
         Returns:
-            True for agreement, which rises as the model improves; False for the task's metric.
+            True for agreement, of which higher is always better; False for the task's metric.
         """
         return any(_resolve(part.scores_agreement, part_options) for part, part_options in self._with_options(options))
 
@@ -196,13 +196,14 @@ class Method:
             options: As in `complete`.
 
         Returns:
-            The last part's options by name, and as `START.NAME` the start's options that differ from their defaults;
-            None if no part has options. Earlier versions did not record the start's options in outcomes of
-            `ridge+distill`, and outcomes with its defaults must still count as outcomes of the same inputs.
+            The options of the last part that has any, by name; if it is an objective and the start has options too,
+            those of the start that differ from their defaults, as `START.NAME`. None if no part has options.
         """
         chosen = [(part, part_options) for part, part_options in self._with_options(options) if part_options]
         if not chosen:
             return None
+        # Earlier versions did not record the start's options in outcomes of `ridge+distill`, and with the start's
+        # defaults, these must still count as outcomes of the same inputs.
         *starts, (_, last_options) = chosen
         recorded = dataclasses.asdict(last_options)
         for start, start_options in starts:

@@ -38,8 +38,6 @@ def tune_on_labels(job: Job, model: nn.Module, options: None) -> Curve:
 def distil(job: Job, model: nn.Module, options: Distillation) -> Curve:
     """Tune on the distillation loss, with the old model as the teacher.
 
-    Source: Qin et al., 2023 (arXiv:2305.08702), section 5.2 (distillation-based recyclable tuning).
-
     Args:
         job: The job, with the task's labelled examples.
         model: The model to tune, which the start returned.
@@ -79,7 +77,7 @@ def distil_between(job: Job, model: nn.Module, options: Interpolation) -> Curve:
 
 
 def tune_anchored(job: Job, model: nn.Module, options: Anchoring) -> Curve:
-    """Tune on the labels, with a penalty on the distance from the start that decays over training.
+    """Tune on the labels, with a penalty on the distance from the starting weights; by default the penalty decays.
 
     Source: the penalty is L2-SP (Li et al., 2018, arXiv:1802.01483) or EWC (Kirkpatrick et al., 2017,
     arXiv:1612.00796); the decay is our own.

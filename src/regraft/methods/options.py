@@ -58,14 +58,14 @@ def parse_options(method: str, assignments: Sequence[str]) -> Any:
 
     Args:
         method: The method's name.
-        assignments: Options as `NAME=VALUE`, or `PART.NAME=VALUE` for a start or an objective; values as in YAML.
+        assignments: Options as `NAME=VALUE` or, of a certain part, `PART.NAME=VALUE`; values as in YAML.
 
     Returns:
         The options; a tuple if both start and objective have options; None if the method has none.
 
     Raises:
         RecipeError: There is no such method, an assignment has no `=`, the method has no such option, two of its parts
-            have it, or the value is of the wrong type or out of range.
+            have an option of that name, or the value is of the wrong type or out of range.
     """
     import yaml
 
@@ -91,8 +91,8 @@ def parse_options(method: str, assignments: Sequence[str]) -> Any:
             values[part][field.name] = _convert_value(yaml.safe_load(value), field)
         except (ValueError, TypeError, OverflowError, RecursionError, yaml.YAMLError) as error:
             declared = declared_type(field)
-            kind = "true or false" if declared == "bool" else f"of type {declared}"
-            raise RecipeError(f"option {name} of {method} must be {kind}, found {value!r}.") from error
+            expected = "true or false" if declared == "bool" else f"of type {declared}"
+            raise RecipeError(f"option {name} of {method} must be {expected}, found {value!r}.") from error
     options = tuple(part.options(**values[part.name]) for part in chosen.parts if part.options)
     if len(options) > 1:
         return options
@@ -152,7 +152,7 @@ def _convert_value(value: Any, field: dataclasses.Field[Any]) -> Any:
 
 
 def _convert_scalar(value: Any, scalar_type: type) -> Any:
-    """Convert a scalar to a type without loss, or raise a ValueError or TypeError, which `parse_options` words."""
+    """Convert a scalar to a type without loss, or raise an error that `parse_options` turns into a RecipeError."""
     if isinstance(value, bool) != (scalar_type is bool):
         raise TypeError
     converted = scalar_type(value)

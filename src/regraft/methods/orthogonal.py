@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def graft_orthogonal(job: Job, options: None) -> None:
-    """Remove the component along the shift from the delta of every tensor.
+    """Remove the component along the upgrade's shift, which is new − old base, from the delta of every tensor.
+
+    For a LoRA, this is done to the dense delta, which is then compressed to the LoRA's rank.
 
     Args:
         job: The job, with an adaptation that has deltas.
@@ -35,4 +37,6 @@ def graft_orthogonal(job: Job, options: None) -> None:
     job.graft_transformed(rule)
 
 
-ORTHOGONAL = Start("orthogonal", graft_orthogonal, summary="remove the upgrade's own shift from the old delta")
+ORTHOGONAL = Start(
+    "orthogonal", graft_orthogonal, summary="remove the old delta's component along the upgrade's own shift"
+)

@@ -1,4 +1,4 @@
-"""Pairs of adaptations of the same task, tuned on the old base and on the new one."""
+"""The pairs that `project` learns from: an adaptation to the old base, and one to the new base or the task's file."""
 
 from __future__ import annotations
 

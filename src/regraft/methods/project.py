@@ -1,7 +1,8 @@
 """`project`: a map from old to new weights, learned from other tasks.
 
-Source: Qin et al., 2023 (arXiv:2305.08702): P(v) = v·W1·W2 + b, where v is the vector of old weights. The paper learns
-P by distillation on the tasks at hand; here it can also be a regression of new weights on old ones.
+Source: Qin et al., 2023 (arXiv:2305.08702): P(v) = v·W1·W2 + b, where v is the vector of old weights; here, that of a
+full fine-tune is its delta. The paper learns P by distillation; here it can also be a regression of new weights on old
+ones.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MIN_PAIRS = 3  # with fewer, leaving one out for the test leaves at most one, from which no direction can be learned
+MIN_PAIRS = 3
+"""With fewer pairs, leaving one out for the test leaves at most one, from which a map with an intercept learns nothing
+but a constant."""
 
 
 def graft_mapped(job: Job, options: Projection) -> None:
-    """Learn the map, and write the mapped old weights as an adaptation of the new base; the head is copied.
+    """Learn the map, and write the mapped old weights as an adaptation of the new base; by default the head is copied.
 
     Args:
         job: The job, with the adaptation to map.
@@ -38,8 +41,8 @@ def graft_mapped(job: Job, options: Projection) -> None:
     Raises:
         CheckpointError: A folder of a pair has no adaptation.
         DataError: By distillation, the data of a pair's task cannot be used.
-        KindError: The weights have a row per token and the vocabularies differ, or by distillation, the kind is not
-            supported or the adaptation is too large.
+        KindError: The weights have a row per token and the vocabularies differ, the adaptation has no weights to map,
+            or by distillation, its kind is not supported or it is too large.
         MismatchError: An adaptation of a pair was tuned on a different base, or its weights differ in kind,
             shapes or settings.
         RecipeError: There are no pairs, a pair is not written OLD=NEW, or by distillation, the loss diverged.

@@ -1,4 +1,4 @@
-"""Distillation of the map of `project`, as in the paper: from adaptations to the old base only."""
+"""Distillation of the map of `project`, as in Qin et al., 2023 (arXiv:2305.08702): from old adaptations only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Task:
 
     Args:
         vector: The old weights, flattened.
-        student: The new base with the old weights grafted, frozen; it runs with mapped weights in place of them.
+        student: The new base with the old weights grafted, frozen; it runs with mapped weights in place of the old.
         examples: The training examples, encoded for the new base.
         teacher_outputs: The old model's outputs on the training examples.
         order: The indices of the examples in the order of training.
@@ -51,10 +51,11 @@ class _Task:
 
 
 def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
-    """Learn P(v) = v·W1·W2 + b from the outputs of old models on their tasks, and apply it to the job's vector v.
+    """Learn P(v) = v·W1·W2 + b from the outputs of old models on their tasks, and map the job's vector v.
 
-    The entries of W1 [|v|, d], W2 [d, |v|] and b are drawn with mean 0 and standard deviation `INITIAL_STD`. In a
-    residual map, W2 and b start at 0, so that the map starts at `direct`.
+    The mapped vector is P(v), or v + P(v) in a residual map. The entries of W1 [|v|, d] start at random numbers of mean
+    0 and standard deviation `INITIAL_STD`. So do those of W2 [d, |v|] and b, except in a residual map, where they start
+    at 0, so that the map starts at `direct`.
 
     Args:
         job: The job, with the adaptation to map.
@@ -66,7 +67,7 @@ def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: A folder of a pair has no adaptation.
         DataError: A task's data cannot be used.
-        KindError: The kind is not supported, or the adaptation is too large.
+        KindError: The kind is not supported, or the adaptation is too large or has no weights to map.
         MismatchError: An adaptation was tuned on a different base, or its weights differ in kind, shapes or settings.
         RecipeError: A pair is not written OLD=TASK, or the loss became infinite or NaN.
     """
@@ -208,8 +209,8 @@ def _load_state(job: Job, parameters: list[torch.Tensor], optimiser: torch.optim
 def _learning_rates(vectors: list[torch.Tensor], options: Projection) -> tuple[float, float, float]:
     """Return Adam's learning rates for W1, W2 and b, so that a step of each moves a mapped weight about equally far.
 
-    With a single rate, a step of W1 would move a mapped weight ‖v‖₁ times as far as a step of b, and training would
-    diverge.
+    With a single rate, a step of W1 would move a mapped weight about d·`INITIAL_STD`·‖v‖₁ times as far as a step of b,
+    and training would diverge.
     """
     mean_l1, mean_l2 = (max(sum(float(vector.norm(p)) for vector in vectors) / len(vectors), MIN_NORM) for p in (1, 2))
     rate = options.learning_rate
@@ -218,7 +219,7 @@ def _learning_rates(vectors: list[torch.Tensor], options: Projection) -> tuple[f
 
 
 def _prepare(job: Job, pair: str, index: int, layout: Vector, loss_options: Distillation, steps: int) -> _Task:
-    """Load a task, its old model as the teacher, and its old weights grafted onto the new base as the student."""
+    """Load a task, run its old model as the teacher, and graft its old weights onto the new base as the student."""
     from regraft.adaptation import load_adaptation, load_model, write_graft
     from regraft.methods.pairs import load_with_layout, split_pair
     from regraft.model import Deployment, match_labels

@@ -16,23 +16,25 @@ class Projection:
     """Options of `project`: the pairs that the map is learned from, and the options of the map.
 
     Args:
-        pairs: A pair per task other than the job's. By regression `OLD=NEW`, the folders of the adaptations to the old
-            and to the new base; by distillation `OLD=TASK`, the folder of the adaptation to the old base and the task
-            file.
-        rank: The rank d of the map; by regression at most one less than the number of pairs.
+        pairs: A pair per other task. By regression `OLD=NEW`, the folders of the adaptations to the old and to the new
+            base; by distillation `OLD=TASK`, the folder of the adaptation to the old base and the task file.
+        rank: The rank d of the map; by regression, it is limited to the number of pairs, or to one less with an
+            intercept.
         fit: `regression` of new weights on old ones, for any kind and size; or `distill`, with the old models as
             teachers on their tasks, for LoRAs and bottleneck adapters.
-        residual: Whether the map predicts the change, u ≈ v + P(v): of full rank, and close to `direct` with a strong
-            ridge, few pairs or few steps. If not, u ≈ P(v) as in the paper: of rank d.
-        intercept: By regression: whether the map has an intercept b, the mean over the pairs. As the ridge grows, a
-            residual map without b tends to `direct`, and a residual map with b to `direct` plus the mean change.
-        ridge: By regression: λ, in units of the mean square of the (centred) old weights.
+        residual: Whether the map predicts the change of the weights: new ≈ v + P(v), which has full rank and stays
+            close to `direct` if the ridge is strong or pairs or steps are few. If not, new ≈ P(v), of rank d, as in the
+            paper.
+        intercept: By regression: whether the map has the constant b. As the ridge grows, a residual map without b tends
+            to `direct`, and a residual map with b to `direct` plus the mean change of the pairs.
+        ridge: By regression: the strength of the penalty that shrinks the map, in units of the mean squared norm of the
+            pairs' old weights, which are centred if the map has an intercept.
         steps: By distillation: the number of optimiser steps.
-        learning_rate: By distillation: about how far a step of Adam moves a mapped weight; it decays to 0.
+        learning_rate: By distillation: about how far a first step of Adam moves a mapped weight; the rate decays to 0.
 
     Raises:
         RecipeError: `fit` is unknown, `rank` or `steps` is below 1, `ridge` is negative, infinite or NaN, or
-            `learning_rate` is not above 0, infinite or NaN.
+            `learning_rate` is not above 0, or is infinite or NaN.
     """
 
     pairs: tuple[str, ...] = ()

@@ -76,8 +76,8 @@ def recycle(
     Raises:
         CheckpointError: A weight file is incomplete or damaged.
         DataError: The task's data cannot be used.
-        MismatchError: Bases, adaptation and task do not belong together, the adaptation has no effect, or outputs are
-            infinite or NaN.
+        MismatchError: Bases, adaptation and task do not belong together, an adapter has no effect, or weights or
+            outputs are infinite or NaN.
         OutcomeError: `out` exists, and is not an outcome of the same inputs, or a figure is infinite or NaN.
         KindError: The method does not support the adaptation's kind, or the upgrade.
         RecipeError: There is no such method, an option is out of range, the head's policy is not supported, `replace`
@@ -119,7 +119,7 @@ def recycle(
     upgrade.check_finite()
     old_head = data.head if head == "copy" else stored_head(adaptation, upgrade.old)
     old_model = load_old_model(adaptation, upgrade, old_head)
-    measure_effect(old_model, adaptation, upgrade.old, data)  # raises if the adaptation has no effect
+    measure_effect(old_model, adaptation, upgrade.old, data)  # raises if an adapter has no effect
     resolved = recipe.resolve(len(data.train), learning_rate(adaptation.kind))
     source = Source(
         adaptation=str(adaptation.path),

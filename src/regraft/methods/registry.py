@@ -17,7 +17,9 @@ Registrable = Start | Objective | Method
 
 ENTRY_POINT_GROUP = "regraft.methods"
 """The group of entry points by which other distributions register starts, objectives and methods."""
-NAME_PATTERN = re.compile(r"\w[\w-]*")  # without + and dots, as in START+OBJECTIVE and PART.OPTION; a folder's name
+NAME_PATTERN = re.compile(r"\w[\w-]*")
+"""The names that other distributions may register: + and dots separate names in START+OBJECTIVE and PART.OPTION, and
+outcome folders are named after methods."""
 PARTS_BY_METHOD = {
     "scratch": "scratch+labels",
     "direct": "direct",
@@ -32,12 +34,13 @@ PARTS_BY_METHOD = {
     "label-free": "direct+label-free",
     "auto": "auto",
 }
-"""The parts of each listed method: first the paper's methods, then methods without training, then methods with it.
+"""The parts of each listed method: first the methods of Qin et al., 2023 (arXiv:2305.08702), and `scratch`, which they
+are compared with; then methods without training, then methods with it.
 
-Registered parts of other distributions are listed after them.
+What other distributions register is listed after them.
 """
 PART_ORDER = list(dict.fromkeys(name for formula in PARTS_BY_METHOD.values() for name in formula.split("+")))
-"""The starts and objectives in the order in which they are listed."""
+"""The starts, the objectives and `auto`, in the order in which they are listed."""
 SUMMARY_BY_METHOD = {
     "scratch": "tune the new base from a fresh head: the reference",
     "distill": "tune from a fresh head with the old model as teacher",
@@ -78,7 +81,7 @@ def find_method(name: str) -> Method:
     """Look up a method.
 
     Args:
-        name: A name in `methods()`, or START+OBJECTIVE.
+        name: A name in `methods()`; START+OBJECTIVE; or the name of an objective, which then follows `direct`.
 
     Returns:
         The method, whose `name` is the given one.

@@ -29,7 +29,7 @@ class Ridge:
 
     Args:
         ridge: λ, the strength of the penalty on the change of the delta, in units of the mean square of each layer's
-            inputs.
+            inputs in the new model.
         texts: The number of the task's training texts, without labels, on which activations are measured.
         head: Whether to refit the head too, so that its outputs on the new features match those on the old ones.
 
@@ -50,10 +50,11 @@ class Ridge:
 def graft_refitted(job: Job, options: Ridge) -> nn.Module:
     """Refit the delta of layer after layer to the layer's inputs in the new model.
 
-    In every tuned layer that multiplies by a matrix, the old model adds D·x_o to the output of its base. In the new
-    model, grafted and with all earlier layers refitted, the same token has the input x_n, and D' is the ridge
-    regression of D·x_o on x_n with a penalty on D' − D. In a LoRA only A changes, in bottleneck adapters the first
-    layer, so that the rank and the cost of serving stay the same.
+    In every tuned layer that multiplies by a matrix, the delta D adds D·x_o to the layer's output, where x_o is the
+    layer's input in the old model. In the new model, grafted and with all earlier layers refitted, the same token has
+    the input x_n, and D is replaced by D', the ridge regression of D·x_o on x_n with a penalty on D' − D. In a LoRA
+    only A changes, in bottleneck adapters only the first layer, so that the rank and the cost of serving stay the same.
+    In a head, D is the whole weight.
 
     Layers that multiply by a matrix are linear layers, Conv1D, routers and experts. An expert is refitted on the tokens
     that the new model routes to it; if these are fewer than its width, it keeps its delta. A layer that runs more than
@@ -67,8 +68,8 @@ def graft_refitted(job: Job, options: Ridge) -> nn.Module:
         The model, ready for tuning.
 
     Raises:
-        KindError: The adaptation's kind is not supported, none of its layers can be refitted, or too few texts can be
-            aligned between the two tokenizers.
+        KindError: The adaptation's kind is not supported, none of its layers can be refitted, or the two tokenizers
+            divide too few of the texts into the same tokens.
     """
     from regraft.adaptation import load_model
     from regraft.adaptation.changes import SUPPORTED_KINDS, linear_changes, skip_reasons
@@ -160,7 +161,7 @@ class _Refitter:
     """The ridge regression of each layer, with a record of relative changes and of layers that are passed over.
 
     Args:
-        ridge: λ, relative to the mean square of a layer's inputs.
+        ridge: λ, relative to the mean square of a layer's inputs in the new model.
         skip_reasons: The reason for each layer that cannot be refitted, by name.
 
     Attributes:
@@ -264,7 +265,7 @@ class _Refitter:
                 self.skip_reasons[change.name] = f"{names}: reached by fewer tokens than their width of {width}"
 
     def note_unreached(self, changes: Iterable[Change]) -> None:
-        """Pass over the layers that no text reached.
+        """Record that the layers which were not observed, such as those that no text reached, are passed over.
 
         Args:
             changes: The changes of all layers to refit.

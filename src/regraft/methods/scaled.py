@@ -1,7 +1,7 @@
-"""`scaled`: λ times the old delta.
+"""`scaled`: the old delta, multiplied by a number λ.
 
 Source: task arithmetic (Ilharco et al., 2023, arXiv:2212.04089), and on upgraded bases Chat Vector (Huang et al., 2024,
-arXiv:2310.04799) and others. Here λ differs from 1 only if that is significantly better.
+arXiv:2310.04799) and others. Here a λ that is not set differs from 1 only if that is significantly better.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ SCALES = (0.5, 0.75, 1.25, 1.5)
 GROUP_STEP = 0.25
 """The change of λ to try for a group, which is as large as the steps of `SCALES`."""
 MIN_EXAMPLES = 8  # with fewer, the standard error of the mean loss is too inaccurate for a test
-MIN_STANDARD_ERRORS = 2.0  # of an accepted gain; with 1, one of a dozen trials would often pass by chance
+MIN_STANDARD_ERRORS = 2.0
+"""The number of its standard errors that a gain must exceed; with 1, one of a dozen trials would often do by chance."""
 GROUPS = ("embedding", "attention", "feed-forward", "norm", "other")
 """The groups of tensors that share a λ, in the order of trials."""
 SUPPORTED_KINDS = ("full", "lora", "bottleneck")
@@ -42,14 +43,15 @@ class Scaling:
 
     Args:
         scale: λ; None to choose it.
-        labels: The number of training examples per class to choose λ on; 0 to choose it by the divergence from the old
-            model's outputs on training texts. Labels that the old weights were tuned on favour large λ.
-        grouped: Whether λ may differ between embeddings, attention, feed-forward and norms.
-        confidence: Without labels: the least probability of the old model's class for a text to be used.
+        labels: The number of labelled training examples per class to choose λ on (at most 256 in all, but one of each
+            class); 0 to choose it by the divergence from the old model's outputs on training texts, for which the task
+            needs no labels. Labels that the old weights were tuned on favour large λ.
+        grouped: Whether λ may differ between embeddings, attention, feed-forward, norms and other tensors.
+        confidence: Without labels: the least probability that the old model must give to its predicted class for a text
+            to be used.
 
     Raises:
-        RecipeError: `scale` is infinite, NaN or of another type, `labels` is negative, or `confidence` is not from 0
-            to 1.
+        RecipeError: `scale` is not a finite number, `labels` is negative, or `confidence` is not from 0 to 1.
     """
 
     scale: float | None = None
@@ -109,7 +111,7 @@ def graft_scaled(job: Job, options: Scaling) -> nn.Module | None:
 
 
 def _choose_scales(scalable: _ScalableModel, evidence: Evidence, grouped: bool, job: Job) -> dict[str, float]:
-    """Try a grid of λ for all groups, then a step up and down for each group; accept significant gains only."""
+    """Try a grid of λ for all groups, then a step up, or else down, for each group; accept significant gains only."""
     import torch
 
     from regraft.model import Deployment

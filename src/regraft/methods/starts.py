@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def start_fresh(job: Job, options: None) -> Any:
-    """Return the new base with a fresh head and without the old weights.
+    """Return the new base with a fresh head, and with a fresh adapter if the old weights are an adapter.
 
     Args:
         job: The job, of whose adaptation only the kind and the config are used.
@@ -24,9 +24,10 @@ def start_fresh(job: Job, options: None) -> Any:
 
 
 def graft(job: Job, options: None) -> None:
-    """Graft the old delta onto the new base and copy the head.
+    """Graft the old delta onto the new base, or put the old adapter on it; the head is copied by default.
 
-    Source: Qin et al., 2023 (arXiv:2305.08702), section 4.1: θ = M_new + (θ_old − M_old), or the old adapter unchanged.
+    Source: Qin et al., 2023 (arXiv:2305.08702), section 4.1: θ_new = M_new + (θ_old − M_old), where M are the weights
+    of a base and θ the weights tuned from it; or the old adapter unchanged.
 
     Args:
         job: The job, with the adaptation to graft.
@@ -35,5 +36,5 @@ def graft(job: Job, options: None) -> None:
     job.graft()
 
 
-SCRATCH = Start("scratch", start_fresh, summary="tune the new base from a fresh head")
+SCRATCH = Start("scratch", start_fresh, summary="put a fresh head on the new base")
 DIRECT = Start("direct", graft, summary="put the old delta or adapter on the new base, no tuning")

@@ -116,9 +116,10 @@ def determine_target(job: Job, tolerance: float, confidence: float, target: floa
         tolerance: How far below the target a score may be: in the metric, or if 1 does not bound the metric, as a share
             of the old deployment's score above chance.
         confidence: The confidence of the tests, 0–1.
-        target: A score; None for the old deployment's, plus the gain of a linear probe on the new base.
-        labelled: Whether the dev targets are labels. If not, they are the old deployment's predictions, and the gain of
-            the new base cannot be known.
+        target: A score; None for the old deployment's, improved by the gain of a linear probe from the old to the new
+            base if the gain is significant.
+        labelled: Whether the dev targets are labels. If not, they are the old deployment's predictions, which cannot
+            show such a gain.
 
     Returns:
         The target.

@@ -42,7 +42,9 @@ class Trimming:
 
 
 def graft_trimmed(job: Job, options: Trimming) -> None:
-    """Trim the delta of every tensor; for a LoRA the dense delta, which is then compressed to its rank.
+    """Trim the delta of every tensor that the upgrade changed.
+
+    For a LoRA, the dense delta is trimmed, and then compressed to the LoRA's rank.
 
     Args:
         job: The job, with an adaptation that has deltas.
