@@ -344,7 +344,7 @@ def test_downloaded_packages_yield_the_documented_tasks(
     keys = [texts.text_key(row["text"]) for rows in splits.values() for row in rows]
     assert len(keys) == len(set(keys))
     group_by_text: dict[str, str] = {}
-    for row in source.rows(wheel):
+    for row in source.read_rows(wheel):
         group_by_text.setdefault(row.text, row.group)
     groups = [{group_by_text[row["text"]] for row in rows} for rows in splits.values()]
     assert len(set.union(*groups)) == sum(map(len, groups))

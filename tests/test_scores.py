@@ -32,9 +32,9 @@ def test_scores_equal_values_computed_by_hand(
 
 
 def test_no_examples_and_unequal_lengths_are_refused() -> None:
-    with pytest.raises(MismatchError, match="2 labels, 1 predictions"):
+    with pytest.raises(MismatchError, match="2 targets, 1 predictions"):
         score("accuracy", [0, 1], [0])
-    with pytest.raises(MismatchError, match="1 labels, 1 before, 2 after"):
+    with pytest.raises(MismatchError, match="1 targets, 1 before, 2 after"):
         flips([0], [0], [0, 1])
     with pytest.raises(DataError, match="no examples to score"):
         score("accuracy", [], [])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from regraft.errors import CheckpointError
 
-DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-"""Patterns of the files of a repository that are downloaded: weights, configs, tokenizers and chat templates."""
+AUXILIARY_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken")
+"""Patterns of all files that transformers may need besides the weights: configs, tokenizers and chat templates."""
 
 
 def find_path(name: str | Path) -> Path:
@@ -27,7 +27,9 @@ def find_path(name: str | Path) -> Path:
 
     repository, _, revision = str(name).partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=DOWNLOADED_FILES))
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=["*.safetensors", *AUXILIARY_FILES])
+        )
     except HFValidationError:
         raise CheckpointError(f"{name}: no such file or folder, and no hub id either. Correct the name.") from None
     except Exception as error:  # many types: offline, unknown repository, no access

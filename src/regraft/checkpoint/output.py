@@ -11,6 +11,7 @@ from regraft.checkpoint.derived import CHUNK_ELEMENTS, DerivedTensors
 from regraft.checkpoint.file import equals_json, write_atomic
 from regraft.checkpoint.folder import CHECKPOINTS, check_output_path, publish, resumable_folder, working_folder
 from regraft.checkpoint.header import ITEM_BYTES
+from regraft.checkpoint.hub import AUXILIARY_FILES
 from regraft.checkpoint.json_file import read_json
 from regraft.checkpoint.quantised import without_quantisation
 from regraft.checkpoint.writer import SHARD_BYTES, byte_size, cores, matches_checkpoint, plan_shards, write_checkpoint
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
     import torch
 
-AUXILIARY_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken")
-"""Patterns of all files that transformers may need besides the weights: configs, tokenizers and chat templates."""
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",

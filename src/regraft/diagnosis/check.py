@@ -40,7 +40,7 @@ class Check:
         examples: The number of examples in that split.
         old: The adaptation's score on the old base.
         new: The adaptation's score on the new base.
-        floor: The chance score: the score of the best prediction that ignores the input.
+        floor: The chance score: the score of the best constant prediction.
         retained: (new − floor) / (old − floor); None if old is no better than chance.
         agreement: The score of the predictions on the new base, with the predictions on the old base as targets, by
             the first metric of the task type: in classification, the share of equal predictions.

@@ -80,7 +80,7 @@ def verdict(
         targets: The target of each example.
         before: The prediction of the old deployment for each example.
         after: The prediction of the same adaptation on the new base for each example.
-        chance: The score of the best prediction that ignores the input.
+        chance: The score of the best constant prediction.
         guess: The prediction with the chance score, in words.
         gain: The improvement of a linear probe's score from the old to the new base; it counts if its interval is
             above 0.

@@ -68,7 +68,7 @@ class Setting:
         summaries: The methods: scratch first, then from the best to the worst score.
         scratch_dev: Scratch's last dev score; None without a run of scratch.
         old_score: The old deployment's score; None if it is unknown.
-        chance: The score of the best prediction that ignores the input; None if it is unknown.
+        chance: The score of the best constant prediction; None if it is unknown.
         runs: The runs behind the summaries.
     """
 

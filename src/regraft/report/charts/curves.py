@@ -112,7 +112,7 @@ def draw_compatibility(points: Sequence[CompatibilityPoint], metric: str, chance
     Args:
         points: The old base, then the checkpoints of a diagnosis, in order of pre-training.
         metric: The name of the metric.
-        chance: The score of the best prediction that ignores the input.
+        chance: The score of the best constant prediction.
 
     Returns:
         The figure; its horizontal axis shows pre-training steps if all points have them, else checkpoints.
