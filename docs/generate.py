@@ -51,7 +51,7 @@ Which method to choose:
 - Without labels and without time to train: `direct`, or `ridge` where `direct` loses much.
 - Without labels, but with time to train: `label-free`.
 - With labels: `init`; with few of them, `init+distill`.
-- If the new base was pre-trained anew rather than continued from the old base: `aligned`.
+- If the new base was pre-trained from scratch rather than continued from the old base: `aligned`.
 - If other tasks were tuned on both bases, or LoRAs or bottleneck adapters for other tasks on the old one: `project`.
 - As a reference for the others: `scratch`.
 

@@ -1,5 +1,6 @@
 """Resumption: an interrupted run that is repeated has the result of an uninterrupted run."""
 
+import contextlib
 import json
 import os
 import random
@@ -74,8 +75,23 @@ def read_timeless_curve(out):
     return without_seconds(read_curve(out))
 
 
-def last_checkpoint(work):
-    return max((work / "checkpoints").glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+@pytest.fixture
+def reported_steps(monkeypatch):
+    """Record the steps that commands report, by stage."""
+    steps = {}
+
+    @contextlib.contextmanager
+    def record_steps():
+        yield lambda stage, step, total, figures: steps.setdefault(stage, []).append(step)
+
+    monkeypatch.setattr("regraft.cli.terminal.show_progress", record_steps)
+    return steps
+
+
+def assert_resumed(steps, interval):
+    """Check that training resumed at the step after a checkpoint."""
+    assert steps[0] > 1
+    assert steps[0] % interval == 1
 
 
 def check_outcomes(killed, uninterrupted):
@@ -87,19 +103,18 @@ def check_outcomes(killed, uninterrupted):
 
 
 @pytest.mark.slow
-def test_tune_resumes_after_a_kill(tmp_path, bases, task_file):
+def test_tune_resumes_after_a_kill(tmp_path, bases, task_file, reported_steps):
     arguments = ["tune", bases["bert"][0], "--task", task_file, *MANY_STEPS]
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    work = run_and_kill(killed, *arguments, "--out", killed)
-    checkpoint = last_checkpoint(work)
-    assert int(checkpoint.name.split("-")[1]) < 240
+    run_and_kill(killed, *arguments, "--out", killed)
     run_command(*arguments, "--out", killed)
+    assert_resumed(reported_steps["tune"], 20)
     run_command(*arguments, "--out", uninterrupted)
     check_outcomes(killed, uninterrupted)
 
 
 @pytest.mark.slow
-def test_recycle_with_a_teacher_resumes_after_a_kill(tmp_path, bases, tuned_outcomes, task_file):
+def test_recycle_with_a_teacher_resumes_after_a_kill(tmp_path, bases, tuned_outcomes, task_file, reported_steps):
     old, new = bases["llama"]
     arguments = ["recycle", "--old-base", old, "--new-base", new, "--adaptation", tuned_outcomes["llama", "lora"]]
     arguments += ["--task", task_file, "--method", "init+distill", *MANY_STEPS]
@@ -107,12 +122,13 @@ def test_recycle_with_a_teacher_resumes_after_a_kill(tmp_path, bases, tuned_outc
     work = run_and_kill(killed, *arguments, "--out", killed)
     assert (work / "teacher.safetensors").is_file()
     run_command(*arguments, "--out", killed)
+    assert_resumed(reported_steps["tune"], 20)
     run_command(*arguments, "--out", uninterrupted)
     check_outcomes(killed, uninterrupted)
 
 
 @pytest.mark.slow
-def test_pretrain_resumes_after_a_kill_in_each_stage(tmp_path):
+def test_pretrain_resumes_after_a_kill_in_each_stage(tmp_path, reported_steps):
     import torch
     from helpers import make_config, make_tokenizer
     from transformers import BertModel
@@ -128,6 +144,8 @@ def test_pretrain_resumes_after_a_kill_in_each_stage(tmp_path):
     run_and_kill(killed, *arguments, "--out", killed, stage="head", checkpoints=1)
     run_and_kill(killed, *arguments, "--out", killed, stage="body")
     run_command(*arguments, "--out", killed)
+    assert "pretrain head" not in reported_steps
+    assert_resumed(reported_steps["pretrain"], 5)
     run_command(*arguments, "--out", uninterrupted)
     assert have_equal_tensors(read_weights(killed), read_weights(uninterrupted))
     record, expected = (json.loads((out / "pretraining.json").read_text()) for out in (killed, uninterrupted))

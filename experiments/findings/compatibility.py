@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from findings.store import Store
 
-MIN_RETAINED_SHARE = 0.5
+MIN_RECOVERY = 0.5
 """The share of a tuned new base's gain over chance from which outdated weights count as far above an untuned base;
 arbitrary, but fixed before any cell was measured."""
 MAX_LOSS_PER_HOP = 10.0
@@ -79,6 +79,7 @@ def measure(store: Store, work_folder: Path, task: str, kind: str, seed: int, nu
     checkpoints = store.list_base_checkpoints()
     recipe = store.recipe(kind, seed, 0)
     adaptation = store.tuning_folder(task, kind, 0, seed)
+    # only the old deployment is used: M_1 stands for any new base
     with load_pair(store.load_upgrade(0, 1), adaptation, store.load_task(task), recipe=recipe) as pair:
         points = compatibility(pair, [checkpoint.folder for checkpoint in checkpoints])
     positions = [(0, 0), *((checkpoint.hop, checkpoint.steps) for checkpoint in checkpoints)]
@@ -91,6 +92,7 @@ def measure(store: Store, work_folder: Path, task: str, kind: str, seed: int, nu
 
 def collect_results(store: Store, config: Config, records: list[CellRecord]) -> dict[str, Any]:
     """Return outdated weights' scores on every saved base; on each M_i, paired with those of weights tuned on it."""
+    # the last checkpoint of a hop is its base
     steps_by_base = {0: 0} | {checkpoint.hop: checkpoint.steps for checkpoint in store.list_base_checkpoints()}
     runs, points = [], []
     for record in records:
@@ -178,8 +180,8 @@ def _mean_scores(runs: list[Row]) -> _MeanScores:
 
 
 def _judge_claims(runs: list[Row]) -> tuple[Finding, ...]:
-    """Judge the claims on retention, the gap to a tuned new base, and the loss per hop, by mean scores over seeds."""
-    retained_shares, gaps, losses, is_falling = [], [], [], []
+    """Judge the claims on recovery, the gap to a tuned new base, and the loss per hop, by mean scores over seeds."""
+    recoveries, gaps, losses, is_falling = [], [], [], []
     for task, kind in distinct_keys(runs, "task", "kind"):
         task_runs = select(runs, task=task, kind=kind)
         first, *later_scores = [
@@ -188,12 +190,12 @@ def _judge_claims(runs: list[Row]) -> tuple[Finding, ...]:
         for scores in later_scores:
             gaps.append(100 * (scores.tuned - scores.outdated))
             if scores.tuned - scores.majority >= MIN_HEADROOM:
-                retained_shares.append((scores.outdated - scores.majority) / (scores.tuned - scores.majority))
+                recoveries.append((scores.outdated - scores.majority) / (scores.tuned - scores.majority))
         headroom = first.outdated - first.majority
         if later_scores and headroom >= MIN_HEADROOM:
             losses.append(100 * (first.outdated - later_scores[-1].outdated) / headroom / len(later_scores))
             is_falling.append(later_scores[-1].outdated < first.outdated)
-    retention = f"median {100 * statistics.median(retained_shares):.0f} % of that gain" if retained_shares else ""
+    recovery_figure = f"median {100 * statistics.median(recoveries):.0f} % of that gain" if recoveries else ""
     gap_figure = f"{statistics.fmean(gaps):.1f} points below on average" if gaps else ""
     loss_figure = f"median {statistics.median(losses):.1f} % a hop, at most {max(losses):.1f} %" if losses else ""
     part = "1. compatibility; method `direct`"
@@ -202,8 +204,8 @@ def _judge_claims(runs: list[Row]) -> tuple[Finding, ...]:
             "Outdated weights score far above an untuned new base: they keep at least half of what tuning it gains "
             "above guessing.",
             part,
-            [share >= MIN_RETAINED_SHARE for share in retained_shares],
-            retention,
+            [recovery >= MIN_RECOVERY for recovery in recoveries],
+            recovery_figure,
         ),
         judge_claim("Outdated weights score below a tuned new base.", part, [gap > 0 for gap in gaps], gap_figure),
         judge_claim(

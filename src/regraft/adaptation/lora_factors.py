@@ -19,11 +19,12 @@ class LoraFactors:
 
     Args:
         fan_in_fan_out: Whether any layer stores its weight as [in, out].
-        layers: B and A of each module.
-        parameters: B and A of each expert of a fused parameter.
-        num_outer_wrappers: For each fused parameter, the number of PEFT's wrappers around its own one; they belong to
-            other parameters of its module.
-        shared_rank: The common rank of experts that are stored separately and fused in memory.
+        layers: B and A by module.
+        parameters: By fused parameter, B and A of each expert.
+        num_outer_wrappers: By fused parameter, the number of PEFT's wrappers outside its own; each is that of another
+            parameter of the same module.
+        shared_rank: The common rank of experts that are stored separately and fused in memory; None without such
+            experts.
     """
 
     fan_in_fan_out: bool = False
@@ -55,7 +56,9 @@ class LoraFactors:
             padded = [pad_factors(factors, ranks[parameter]) for factors in experts]
             path = PEFT_PREFIX + parameter.rpartition(".")[0] + ".base_layer" * self.num_outer_wrappers[parameter]
             tensors[path + A_SUFFIX] = torch.cat([a for _, a in padded])
-            tensors[path + B_SUFFIX] = torch.stack([b for b, _ in padded], dim=2).flatten(1)  # PEFT has experts last
+            # in the columns of B, PEFT varies the expert fastest
+            tensors[path + B_SUFFIX] = torch.stack([b for b, _ in padded], dim=2).flatten(1)
+        # PEFT computes the rank of experts that it fuses from `r`, not from `rank_pattern`
         rank = self.shared_rank or max(ranks.values())
         pattern = {name: module_rank for name, module_rank in ranks.items() if module_rank != rank}
         config = {
@@ -69,6 +72,7 @@ class LoraFactors:
             "target_modules": sorted(self.layers),
             "modules_to_save": modules_to_save or None,
             "lora_dropout": 0.0,
+            # PEFT refuses it beside target_parameters, and sets it itself for Conv1D
             "fan_in_fan_out": self.fan_in_fan_out and not self.parameters,
             "bias": "none",
             "inference_mode": True,

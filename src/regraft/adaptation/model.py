@@ -42,7 +42,7 @@ def load_model(adaptation: Adaptation, base: Base, head: Head, *, trainable: boo
 
 
 def load_old_model(adaptation: Adaptation, upgrade: Upgrade, head: Head) -> Any:
-    """Load an adaptation on the old base, if its stored body has the tensors of both bases.
+    """Load an adaptation on the old base, after checking that a stored body has the tensors of both bases.
 
     Args:
         adaptation: An adaptation of `upgrade.old`.
@@ -78,7 +78,7 @@ def prepare_for_tuning(model: Any, base: Base, head: Head, config: Config | None
     Raises:
         KindError: The architecture does not support that kind of adapter.
         MismatchError: The pattern of a bottleneck adapter does not fit the model.
-        RecipeError: A LoRA's rank is more than the directions from which it is initialised.
+        RecipeError: A LoRA's rank exceeds the rank of a weight that it is initialised from.
     """
     return family_of_config(config).prepare_for_tuning(model, base, head, config, seed)
 

@@ -1,6 +1,7 @@
 """`aligned`: the old delta, rotated into the coordinates of the new base.
 
-For new bases that were pre-trained anew rather than continued from the old one: features may agree up to a rotation.
+For new bases that were pre-trained from scratch rather than continued from the old one: their features may agree with
+the old ones up to a rotation.
 
 Source: Theseus, Transporting Task Vectors across Different Architectures without Training (Rinaldi et al., 2026,
 arXiv:2602.12952), which also moves deltas by orthogonal Procrustes analysis of activations. Git Re-Basin (Ainsworth

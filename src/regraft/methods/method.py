@@ -40,8 +40,8 @@ class Part:
         needs: Some of `labels`, `text` (texts of the task, labelled or not), `tasks` (other tasks, tuned on both bases
             or on the old one) and `training`; or a function of the options that returns them.
         heads: The policies for the old head that the part accepts, or a function of the options that returns them.
-        contents: A function of the options and the seed that identifies the content of files named in the options, as
-            JSON by name, for the provenance of an outcome.
+        contents: A function of the options and the seed that returns, by key, JSON values that identify the files named
+            in the options, such as digests; for the provenance of an outcome.
         scores_agreement: Whether the scores of the learning curve are agreement with the old model rather than the
             task's metric, or a function of the options that returns whether they are.
 
@@ -175,14 +175,14 @@ class Method:
         return any(_resolve(part.scores_agreement, part_options) for part, part_options in self._with_options(options))
 
     def contents(self, options: Any, seed: int) -> dict[str, Any]:
-        """Identify the content of the files that are named in the options.
+        """Return values that identify the content of the files named in the options.
 
         Args:
             options: As in `complete`.
             seed: The seed of few-shot draws.
 
         Returns:
-            JSON by name, for the provenance of an outcome.
+            JSON values by key, for the provenance of an outcome.
         """
         contents: dict[str, Any] = {}
         for part, part_options in self._with_options(options):
