@@ -180,13 +180,18 @@ ARCHITECTURES = {
 
 UNSUPPORTED = {  # the kinds that an architecture cannot take, with the reason
     "electra": {"prompt"},  # PEFT sizes the prompt by hidden_size; the embeddings are narrower
-    "distilbert": {"prefix"},  # its forward takes no past_key_values, as which a prefix is passed
-    "albert": {"prefix", "prompt", "bottleneck", "pfeiffer"},  # likewise, and its layers have different names
-    "mpnet": {"prefix"},
+    "distilbert": {"prefix"},  # its forward does not take past_key_values, which pass a prefix
+    "albert": {
+        "prefix",
+        "prompt",
+        "bottleneck",
+        "pfeiffer",
+    },  # as for distilbert and electra; renamed layers
+    "mpnet": {"prefix"},  # as for distilbert
     "roformer": {"prefix"},  # its attention indexes the cache as a tuple
     "modernbert": {"prefix", "layernorm"},  # LN tuning takes no norm without weights
-    "deberta-v2": {"prefix"},
-    "nomic-bert": {"prefix"},
+    "deberta-v2": {"prefix"},  # as for distilbert
+    "nomic-bert": {"prefix"},  # as for distilbert
     "gpt2": {"olora"},  # PEFT factors Conv1D's weight as if it were a Linear's
     "falcon": {"dora", "prefix"},  # dense_4h_to_h is its own class; one key-value head of two
     "qwen3-moe": {"dora", "pissa", "olora", "bottleneck", "pfeiffer"},  # the feed-forward layers are experts
@@ -217,13 +222,13 @@ DIMENSIONS = {
 }
 # Values that the cover tries on some architectures only: kinds that are another kind with a different option, and
 # methods that depend on a model's outputs alone.
-ON_ANY_ARCHITECTURE = ("rslora", "olora", "pfeiffer", "auto", "distill", "anchored", "interpolation", "label-free")
+ARCHITECTURE_INDEPENDENT = ("rslora", "olora", "pfeiffer", "auto", "distill", "anchored", "interpolation", "label-free")
 Cell = tuple[str, ...]
 Value = tuple[str, str]  # a dimension and a value of it
 
 
 def can_meet(first: Value, second: Value) -> bool:
-    """Whether a cell may have two values. Their dimensions are in the order of `DIMENSIONS`."""
+    """Return whether a cell may have both values. Their dimensions are in the order of `DIMENSIONS`."""
     match first, second:
         case ("architecture", architecture), ("kind", kind):
             return kind not in UNSUPPORTED.get(architecture, ())
@@ -261,7 +266,7 @@ def pairwise_cover() -> list[Cell]:
         (first, second): None
         for first, second in itertools.combinations(values, 2)
         if first[0] != second[0] and can_meet(first, second)
-        if first[0] != "architecture" or second[1] not in ON_ANY_ARCHITECTURE
+        if first[0] != "architecture" or second[1] not in ARCHITECTURE_INDEPENDENT
     }
     cells = []
     while uncovered:
@@ -295,7 +300,7 @@ def test_every_two_values_that_can_meet_are_in_the_cover():
     assert set(cover) <= set(table)
     for i, j in itertools.combinations(range(len(DIMENSIONS)), 2):
         missing = {(cell[i], cell[j]) for cell in table} - {(cell[i], cell[j]) for cell in cover}
-        assert all(i == 0 and second in ON_ANY_ARCHITECTURE for _, second in missing)
+        assert all(i == 0 and second in ARCHITECTURE_INDEPENDENT for _, second in missing)
 
 
 def write_task(folder: Path) -> Path:
@@ -317,7 +322,7 @@ TASKS = {"text-classification": (write_task, HEAD)}  # the function that writes 
 
 
 def make_byte_tokenizer():
-    """Build a byte-level tokenizer, as which AutoTokenizer reads any tokenizer of a Qwen2."""
+    """Build a byte-level tokenizer: AutoTokenizer reads every tokenizer of a Qwen2 as one."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokens = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -718,13 +723,12 @@ def test_ridge_equals_its_closed_form(case, tmp_path):
         for name, module in tuned.named_modules()
         if is_matrix(module) and f"{name}.weight" in old and name.startswith(tuned.base_model_prefix)
     ]
-    assert names
     examples = [encode_text(case, text) for text in case.read_texts("train")]
     old_inputs, new_inputs = (record_inputs(model, names, examples) for model in (tuned, refitted))
     tuned_tensors, refitted_tensors = tuned.state_dict(), refitted.state_dict()
-    for name in names:
-        if not old_inputs[name]:  # the classifier never runs the layer
-            continue
+    run_names = [name for name in names if old_inputs[name]]  # some layers are never run by the classifier
+    assert run_names
+    for name in run_names:
         weight = f"{name}.weight"
         delta = (tuned_tensors[weight] - old[weight]).double()
         refitted_delta = (refitted_tensors[weight] - new[weight]).double()

@@ -32,8 +32,8 @@ class Config(StrictModel):
 
     Args:
         tasks: Tasks by kind of adaptation.
-        pairs: Pairs of bases whose tunings differ in their seeds; a base paired with itself stands for two seeds on it.
-        one_seed: Pairs of bases whose tunings share a seed: the same fresh head, and the data in the same order.
+        pairs: Pairs of bases whose runs differ in their seeds; a base paired with itself stands for two seeds on it.
+        one_seed: Pairs of bases whose runs share a seed: the same fresh head, and the data in the same order.
         points: The number of points on each line, ends included.
     """
 
@@ -52,9 +52,14 @@ def list_lines(config: Config, seeds: Sequence[int]) -> list[tuple[Tuning, Tunin
             for i, j in config.pairs:
                 second_seed = next_seed[seed] if i == j else seed
                 lines.append((Tuning(task, kind, i, seed), Tuning(task, kind, j, second_seed)))
-            for i, j in config.one_seed:  # The index that each base adds to its seed is subtracted here.
+            for i, j in config.one_seed:  # a run's seed is `Tuning.seed` plus the base's index: seed + i at both ends
                 lines.append((Tuning(task, kind, i, seed), Tuning(task, kind, j, seed + i - j)))
     return lines
+
+
+def _share_seed(first: Tuning, second: Tuning) -> bool:
+    """Return whether tunings on different bases have the same seed once the index of the base is added."""
+    return first.base != second.base and first.seed + first.base == second.seed + second.base
 
 
 def list_tunings(config: Config, seeds: Sequence[int], num_bases: int) -> Iterable[Tuning]:
@@ -66,7 +71,7 @@ def list_cells(store: Store, config: Config) -> list[Cell]:
     """Return one cell per line."""
     cells = []
     for first, second in list_lines(config, store.size.seeds):
-        suffix = "-one" if first.base != second.base and first.seed != second.seed else ""
+        suffix = "-one" if _share_seed(first, second) else ""
         name = f"{first.task}-{first.kind}-M{first.base}-M{second.base}{suffix}-seed{first.seed}"
         arguments = (first.task, first.kind, first.base, second.base, first.seed, second.seed, config.points)
         cells.append(Cell(name, measure, arguments))
@@ -113,11 +118,11 @@ def collect_results(store: Store, config: Config, records: list[CellRecord]) -> 
     runs = []
     for record in records:
         task, kind, first, second, seed, second_seed, _ = record.arguments
-        hops = second - first
+        ends = Tuning(task, kind, first, seed), Tuning(task, kind, second, second_seed)
         runs.append(
             {"task": task, "kind": kind, "first": first, "second": second, "seed": seed}
             | record.figures
-            | {"hops": hops, "one_seed": bool(hops) and second_seed != seed}
+            | {"hops": second - first, "one_seed": _share_seed(*ends)}
         )
     return {"runs": runs}
 

@@ -14,7 +14,7 @@ from findings.runs import (
     accuracy_difference,
     drop_predictions,
     list_upgrade_tunings,
-    read_labels,
+    read_tuning_test_labels,
     run_method,
 )
 from findings.settings import NonNegativeInt, StrictModel
@@ -205,7 +205,7 @@ def _collect_differences(store: Store, config: Config, runs: dict[RunKey, Row]) 
                         method_runs.append(run)
                         reference_runs.append(reference_run)
                 if method_runs:
-                    labels = read_labels(store, task, kind, new, store.size.seeds[0])
+                    labels = read_tuning_test_labels(store, task, kind, new, store.size.seeds[0])
                     key = {"task": task, "kind": kind, "shots": shots, "method": method, "against": reference}
                     rows.append(key | accuracy_difference(labels, method_runs, reference_runs))
     return rows

@@ -26,7 +26,7 @@ from findings.runs import (
     average_curves,
     drop_predictions,
     mean_dev_score,
-    read_labels,
+    read_tuning_test_labels,
     run_method,
     steps_to_score,
 )
@@ -178,7 +178,7 @@ def _collect_differences(store: Store, config: Config, runs: dict[tuple[str, str
             continue
         seeds = [seed for seed in store.size.seeds if (task, kind, role, seed) in runs]
         difference = accuracy_difference(
-            read_labels(store, task, kind, config.new, seeds[0]),
+            read_tuning_test_labels(store, task, kind, config.new, seeds[0]),
             [runs[task, kind, role, seed] for seed in seeds],
             [runs[task, kind, "scratch", seed] for seed in seeds],
         )

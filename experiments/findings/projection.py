@@ -14,7 +14,7 @@ from findings.runs import (
     accuracy_difference,
     drop_predictions,
     list_upgrade_tunings,
-    read_labels,
+    read_tuning_test_labels,
     run_method,
 )
 from findings.settings import BasePair, StrictModel, TasksByKind
@@ -180,7 +180,7 @@ def _collect_differences(store: Store, config: Config, runs: dict[RunKey, Row]) 
             ]
             if seeds:
                 difference = accuracy_difference(
-                    read_labels(store, upgrade.task, upgrade.kind, upgrade.new, seeds[0]),
+                    read_tuning_test_labels(store, upgrade.task, upgrade.kind, upgrade.new, seeds[0]),
                     [runs[(*upgrade, method, seed)] for seed in seeds],
                     [runs[(*upgrade, DIRECT, seed)] for seed in seeds],
                 )

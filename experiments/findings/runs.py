@@ -70,7 +70,7 @@ def run_method(
         seed: The seed of the run.
         method: The name of the method.
         shots: Labelled examples per class, with the recipe for few labels; None for all labels and their recipe.
-        steps_factor: Multiplies the recipe's steps.
+        steps_factor: Factor on the recipe's steps and epochs.
         fresh_head: Whether to initialise a new head instead of copying the old one.
         options: The options of the method; None for the defaults.
 
@@ -128,7 +128,7 @@ def accuracy_difference(labels: Sequence[int], runs: Sequence[Row], reference_ru
     return {**difference, "seeds": len(predictions)}
 
 
-def read_labels(store: Store, task: str, kind: str, base: int, seed: int) -> list[int]:
+def read_tuning_test_labels(store: Store, task: str, kind: str, base: int, seed: int) -> list[int]:
     """Read the true class of each test example of a task from the outcome of a tuning.
 
     Args:

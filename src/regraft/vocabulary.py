@@ -94,7 +94,7 @@ def ids_by_token(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> dict[str,
     return {token: token_id for token, token_id in vocabulary.items() if token_id < num_rows or token != padding}
 
 
-def check_one_vocabulary(
+def check_same_vocabulary(
     folders: Mapping[str, Path], tensors: Mapping[str, Mapping[str, torch.Tensor]], result: str
 ) -> None:
     """Check that a fine-tune has the same tokens in the same rows as its base.

@@ -1,4 +1,4 @@
-"""Mixtures of experts as transformers fuses them: all experts of a block share one parameter per projection."""
+"""Mixtures of experts as transformers fuses them: a block's experts are stacked in one parameter per projection."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def new_config(
             raise RecipeError(
                 f"{name} must be at most {MAX_SIZE_RATIO} times the width of {base.path}, {width:,}; found {size:,}."
             )
-    return build_config(base, AdapterSize(head.type.peft_type, rank, inner_size, virtual_tokens))
+    return build_config(base, AdapterSize(head.type.peft_task_type, rank, inner_size, virtual_tokens))
 
 
 def kind_of(peft_type: str) -> str:

@@ -119,12 +119,12 @@ def delta(
     dry_run: DryRun = False,
 ) -> None:
     """Write the delta of a full fine-tune: adaptation − old, in float32."""
-    from regraft.vocabulary import check_one_vocabulary
+    from regraft.vocabulary import check_same_vocabulary
     from regraft.weights import delta_all
 
     checkpoints = open_checkpoints({"tuned": adaptation, "old": old_base}, check_finite)
     tensors = name_tensors(checkpoints)
-    check_one_vocabulary({role: checkpoint.folder for role, checkpoint in checkpoints.items()}, tensors, "a delta")
+    check_same_vocabulary({role: checkpoint.folder for role, checkpoint in checkpoints.items()}, tensors, "a delta")
     difference = delta_all(tensors["tuned"], tensors["old"])
     write_result(difference, out, checkpoints, "tuned", {"operation": "delta"}, shard_size, dry_run)
 
@@ -178,7 +178,7 @@ def extract_lora(
     from regraft.checkpoint import fingerprint, is_up_to_date
     from regraft.cli.terminal import print_line, print_text, show_progress
     from regraft.naming import class_of
-    from regraft.vocabulary import check_one_vocabulary
+    from regraft.vocabulary import check_same_vocabulary
     from regraft.weights import NamedTensors
 
     checkpoints = open_checkpoints({"tuned": adaptation, "old": old_base}, check_finite)
@@ -187,7 +187,7 @@ def extract_lora(
     provenance = {"operation": "extract-lora", "rank": rank, "energy": energy, **fingerprints}
     if not is_up_to_date(out, provenance):
         tensors = name_tensors(checkpoints)
-        check_one_vocabulary({role: checkpoint.folder for role, checkpoint in checkpoints.items()}, tensors, "a LoRA")
+        check_same_vocabulary({role: checkpoint.folder for role, checkpoint in checkpoints.items()}, tensors, "a LoRA")
         architecture = class_of(checkpoints["tuned"]) if isinstance(tensors["tuned"], NamedTensors) else None
         with show_progress() as progress:
             lora = extract(tensors["tuned"], tensors["old"], rank, energy, progress, architecture=architecture)

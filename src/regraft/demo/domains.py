@@ -32,12 +32,13 @@ class Domain:
     Args:
         description: The kind of the texts.
         sources: The packages that carry the texts, each with its reader.
-        is_shuffled: Whether the sources are in no order, so that a small corpus can be read from their beginning.
+        is_read_from_start: Whether a small corpus is drawn from the beginning of the sources, which takes less time,
+            rather than from all of them.
     """
 
     description: str
     sources: tuple[tuple[Package, Callable[[Path], Iterator[str]]], ...]
-    is_shuffled: bool = False
+    is_read_from_start: bool = False
 
 
 def _abstracts(wheel: Path) -> Iterator[str]:
@@ -64,12 +65,13 @@ def _licences(wheel: Path) -> Iterator[str]:
 
 DOMAINS: dict[str, Domain] = {
     "bio": Domain(
-        "abstracts of biomedical papers without a copyright note", ((MEDLINE, _abstracts),), is_shuffled=True
+        "abstracts of biomedical papers without a copyright note", ((MEDLINE, _abstracts),), is_read_from_start=True
     ),
     "reviews": Domain("film reviews", ((REVIEWS, _reviews),)),
     "news": Domain("news articles", ((BBC, _bbc), (ARTICLES, _articles))),
     "legal": Domain("software licences and notices", ((LICENCES, _licences),)),
 }
+"""The domains by name."""
 
 
 def write_corpus(domain: str, path: Path, limit: int | None = None, seed: int = 0, exclude: Iterable[Path] = ()) -> int:
@@ -114,7 +116,7 @@ def write_corpus(domain: str, path: Path, limit: int | None = None, seed: int = 
 
 
 def _collect(domain: Domain, limit: int | None, excluded: set[bytes]) -> list[str]:
-    """Read a domain's distinct texts; if it is shuffled, little more than `OVERSAMPLING` times the limit."""
+    """Read a domain's distinct texts; if it is read from the start, little more than `OVERSAMPLING` times the limit."""
     keys: set[bytes] = set()
     collected_texts: list[str] = []
     num_characters = 0
@@ -128,7 +130,7 @@ def _collect(domain: Domain, limit: int | None, excluded: set[bytes]) -> list[st
                 continue
             collected_texts.append(text)
             num_characters += len(text)
-            if domain.is_shuffled and limit is not None and num_characters >= OVERSAMPLING * limit:
+            if domain.is_read_from_start and limit is not None and num_characters >= OVERSAMPLING * limit:
                 return collected_texts
     return collected_texts
 
@@ -141,10 +143,10 @@ def _part_keys(text: str) -> Iterator[bytes]:
 
 
 def _column_keys(file: Path) -> Iterator[bytes]:
-    """Return the keys of the texts in a CSV file; raise DataError if it is malformed."""
+    """Return the keys of the texts in a CSV file; raise DataError if it is not UTF-8 or has no column `text`."""
     try:
         with file.open(encoding="utf-8", newline="") as stream:
             for row in csv.DictReader(stream):
                 yield texts.text_key(row["text"])
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, AttributeError, UnicodeDecodeError, csv.Error) as error:  # a short row has None
         raise DataError(f"{file}: is not a CSV file with a column 'text' ({error}).") from error

@@ -19,8 +19,9 @@ def measure_cross_moments(
     """Run the next part of both bases, and return moments of linear layers, norms and embeddings.
 
     A moment is the sum of x_n·x_oᵀ over tokens, where x_o and x_n are the inputs, or the outputs, of the same module in
-    the old and in the new base. For the outputs of a norm, the moment of its inputs is returned, and for the outputs of
-    an embedding that of its table.
+    the old and in the new base. Three moments of outputs are replaced: a norm's by the moment of its inputs, an
+    embedding's by the moment of its table, and a widening linear layer's by the moment of the inputs of the next linear
+    layer whose input is as wide, if there is one.
 
     Args:
         forwards: The forward passes of the old and the new base.
@@ -50,7 +51,7 @@ def measure_cross_moments(
             output_moments[name] = output_moments.get(name, 0) + outputs.T @ old_outputs
             return
         width = next(modules[name].parameters(recurse=False)).numel()
-        if inputs.shape[1] == outputs.shape[1] == width:  # otherwise not a norm, but an attention with vectors
+        if inputs.shape[1] == outputs.shape[1] == width:  # otherwise an attention module that owns vectors
             output_moments[name] = output_moments.get(name, 0) + inputs.T @ old_inputs
 
     for batch_index in range(len(old.batches)):
@@ -69,8 +70,8 @@ def compute_table_moments(forwards: Sequence[BlockwiseForward], excluded: Collec
 
     Args:
         forwards: The forward passes of the old and the new base.
-        excluded: The names inside the body of the tables to leave out, because their rows stand for different tokens in
-            the two bases.
+        excluded: The tables to leave out, by parameter name inside the body, because their rows stand for different
+            tokens in the two bases.
 
     Returns:
         The moments, [width, width], by the table's name.

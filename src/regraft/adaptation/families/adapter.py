@@ -45,7 +45,7 @@ class Adapter(Family):
     def matching_task_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
         """Return the task types with the PEFT task type of the config, or all task types if it has none."""
         peft_task_type = config.get("task_type")
-        return [task_type for task_type in task_types().values() if peft_task_type in (None, task_type.peft_type)]
+        return [task_type for task_type in task_types().values() if peft_task_type in (None, task_type.peft_task_type)]
 
     @abstractmethod
     def config_class(self, config: Mapping[str, Any]) -> Any:
@@ -140,10 +140,10 @@ class Adapter(Family):
                 "adapter may have been tuned with them. Update PEFT or regraft, or correct or remove them."
             )
         task_type = config.get("task_type")
-        if task_type != head.type.peft_type and (self.needs_task_type or task_type is not None):
+        if task_type != head.type.peft_task_type and (self.needs_task_type or task_type is not None):
             raise MismatchError(
-                f"{file}: task_type is {task_type!r}, but the task needs an adapter of type {head.type.peft_type}. "
-                "If it is one, correct task_type."
+                f"{file}: task_type is {task_type!r}, but the task needs an adapter of type {head.type.peft_task_type}"
+                ". If it is one, correct task_type."
             )
 
     def write(self, folder: Path, tensors: Tensors, config: Mapping[str, Any], progress: Progress) -> None:

@@ -42,7 +42,7 @@ class Bottlenecks(Adapter):
         from regraft.adaptation.bottleneck import attach_bottlenecks
 
         saved = tuple(name for name in modules if name in heads or name == "pooler")
-        config = dataclasses.replace(config, modules_to_save=saved, task_type=head.type.peft_type)
+        config = dataclasses.replace(config, modules_to_save=saved, task_type=head.type.peft_task_type)
         return attach_bottlenecks(model, config)
 
     def load_adapter(

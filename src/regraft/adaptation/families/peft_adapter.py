@@ -57,7 +57,7 @@ class Peft(Adapter):
         from peft import get_peft_model
 
         config = copy.deepcopy(config)
-        config.task_type = head.type.peft_type
+        config.task_type = head.type.peft_task_type
         config.inference_mode = False
         config.modules_to_save = modules
         config.base_model_name_or_path = base.name

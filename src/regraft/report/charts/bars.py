@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 def draw_method_scores(setting: Setting) -> Figure:
     """Draw the score of each method with its deviation.
 
-    The chance score and the old deployment's score are lines, unless they are far below the methods' scores.
+    The chance score and the old deployment's score are lines, unless they are at least as far below the lowest score as
+    that is below the highest.
 
     Args:
         setting: The summaries of the methods, at least one of them with a score.

@@ -42,7 +42,7 @@ class TextClassification(TextTask):
         metric: The name of the metric that is reported.
     """
 
-    peft_type: ClassVar[str] = "SEQ_CLS"
+    peft_task_type: ClassVar[str] = "SEQ_CLS"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     pipeline_tag: ClassVar[str] = "text-classification"
     metrics: ClassVar[tuple[Metric, ...]] = (ACCURACY, MACRO_F1, MCC)

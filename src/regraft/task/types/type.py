@@ -38,7 +38,7 @@ ENTRY_POINT_GROUP = "regraft.task_types"
 DEFAULT_TYPE = "text-classification"
 """The type of a task file without the key `type`, which regraft 0.1 did not have."""
 MIN_TOKENS = 8
-"""The smallest `max_length` in tokens, arbitrary: shorter inputs lose nearly all of their text."""
+"""The smallest `max_length` in tokens, arbitrary: inputs cut to fewer tokens lose nearly all of their text."""
 MAX_TOKENS = 10_000_000
 """The largest `max_length` in tokens: longer than any model's context, yet small enough for a tokenizer's integers."""
 
@@ -61,7 +61,7 @@ class Task(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    peft_type: ClassVar[str]
+    peft_task_type: ClassVar[str]
     """PEFT's `task_type` of adapters for this type."""
     auto_class: ClassVar[str]
     """The name of the transformers class that loads a model with a head for this type."""
@@ -139,7 +139,7 @@ class Task(BaseModel, ABC):
         return self.likelihood
 
     def target_scaling(self, targets: Targets) -> tuple[float, float] | None:
-        """Return the offset and the scale by which outputs are standardised during training.
+        """Return the offset and the scale by which targets are standardised during training.
 
         Args:
             targets: The training targets, which determine the scaling.
