@@ -55,12 +55,12 @@ def write_results(folder: Path, results: dict[str, Any], count_runs: Callable[[d
             "same command until it has made as many, or write the page from that file (--write-only)."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, to_json_lines(results))
+    write_atomic(file, format_results(results))
     return read_results(folder)
 
 
-def to_json_lines(results: dict[str, object]) -> str:
-    """Write results as JSON with one line per row, so that a new method adds only a few lines to the file.
+def format_results(results: dict[str, object]) -> str:
+    """Write results as JSON with one line per row, so that a new method adds only a few lines to the diff.
 
     Args:
         results: JSON values by name; lists become one line per element.

@@ -2,9 +2,9 @@
 
     python experiments/verdict.py [--workers 2] [--write-only]
 
-The verdict sees dev alone. The test scores of the methods are read from the outcomes of `experiments/methods.py`, which
-must have been run. Figures and page are written to `experiments/verdict/results.json` and `README.md`; `--write-only`
-writes the page from the figures alone.
+The verdict does not see test. The test scores of the methods are read from the outcomes of `experiments/methods.py`,
+which must have been run. Figures and page are written to `experiments/verdict/results.json` and `README.md`;
+`--write-only` writes the page from the figures alone.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MIN_SURE = 0.8
 CORRELATION_DIGITS = 3
 """Decimal places of a published rank correlation; the page prints two."""
 DIAGNOSTICS = ("predicted", "survives", "agreement", "divergence", "cka", "relative", "gain")
-"""The figures on dev whose rank correlation with the truth is published."""
+"""The figures whose rank correlation with the truth is published."""
 
 
 def main() -> None:
@@ -101,7 +101,7 @@ def verdict_file(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> P
 
 
 def judge(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> str:
-    """Write the verdict on an old adaptation and its figures, from dev alone.
+    """Write the verdict on an old adaptation and its figures, without the test split.
 
     Args:
         grid: The experiment over all methods.

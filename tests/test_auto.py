@@ -7,11 +7,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
-from helpers import InterruptedRunError, write_base, write_upgrade
+from helpers import InterruptedRunError, have_equal_tensors, read_weights, write_base, write_upgrade
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from scipy.sparse import csr_array
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -164,14 +162,12 @@ def stage_names(outcome):
 
 
 def assert_same_adapters(outcome, reference):
-    tensors = load_file(outcome.path / "adaptation" / "adapter_model.safetensors")
-    expected = load_file(reference.path / "adaptation" / "adapter_model.safetensors")
-    assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+    assert have_equal_tensors(read_weights(outcome.path / "adaptation"), read_weights(reference.path / "adaptation"))
 
 
 @pytest.fixture(scope="module")
 def large_upgrade(tmp_path_factory, bases):
-    """An upgrade whose base moved so far that old weights are of no use."""
+    """An upgrade whose base moved so far that `direct` fails."""
     new = write_upgrade(bases["bert"][0], tmp_path_factory.mktemp("large-upgrade") / "new", 2.0)
     return Upgrade(bases["bert"][0], new)
 
@@ -194,7 +190,7 @@ def test_auto_tunes_if_direct_fails(tmp_path, large_upgrade, tuned_outcomes, tas
     names = stage_names(outcome)
     assert names[:2] == ["direct", "ridge"]
     assert names[2] in ("direct, tuned 25 %", "ridge, tuned 25 %")
-    assert "scratch" not in names  # most of the old score survives
+    assert "scratch" not in names  # a stage passes, or recovers at least half of the old score
     stages = outcome.record.notes["tried"]
     assert all(stage["verdict"] != "passes" for stage in stages[:-1])
     assert outcome.scores["dev"] >= max(stage["score"] for stage in stages) - 0.01 - 1e-4
@@ -349,8 +345,8 @@ def test_an_interrupted_run_resumes_at_its_stage(tmp_path, large_upgrade, tuned_
     assert not (tmp_path / "resumed").exists()
     tuning_steps.clear()
     resumed = run("resumed", record)
-    assert tuning_steps[0] in (1, 2)  # the first tuning is not repeated
-    assert len(tuning_steps) <= 6
+    assert tuning_steps[0] in (1, 2)
+    assert len(tuning_steps) <= 6  # not 9: the 3 steps of the first tuning are not repeated
     uninterrupted = run("uninterrupted", lambda *_: None)
     assert_same_adapters(resumed, uninterrupted)
 

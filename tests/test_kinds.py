@@ -146,9 +146,8 @@ def test_unknown_and_unsuitable_kinds_are_refused(opened_bases):
     [*(("bert", kind) for kind in KINDS), ("llama", "bottleneck"), ("roberta", "prefix")],
 )
 def test_every_kind_learns_and_is_checked(tmp_path, task_file, architecture, kind):
-    old = write_base(
-        tmp_path / "old-base", architecture, initializer_range=0.2
-    )  # attention heads see more than their own token
+    # larger weights than the default, so that attention looks beyond the token itself
+    old = write_base(tmp_path / "old-base", architecture, initializer_range=0.2)
     new = write_upgrade(old, tmp_path / "new-base", 0.02)
     rate = LEARNING_RATES.get(kind, DEFAULT_LEARNING_RATE)
     recipe = Recipe(steps=120, batch_size=16, learning_rate=rate, eval_every=20, precision="fp32")

@@ -45,7 +45,7 @@ PADDING_SENSITIVE = ("convbert", "mobilebert")  # convolutions over neighbouring
 
 
 def make_texts():
-    """Make token IDs of texts of several lengths, of which some end in possible padding tokens or have no others."""
+    """Make token IDs of texts, some of which end in, or consist of, tokens that may serve as padding."""
     random.seed(0)
     endings = ([], [EOS], [UNK], [EOS, EOS], [0], [UNK, EOS])
     texts = [random.choices(range(5, VOCABULARY), k=random.randint(2, 14)) + ending for ending in endings * 2]

@@ -48,7 +48,8 @@ TRAINING_SETTINGS = {
 }
 """The settings of initialisation and training."""
 OBSOLETE_SETTINGS = {"merge_weights", "enable_lora"}
-"""Settings that old versions of PEFT wrote, and that had no effect."""
+"""Settings of old versions of PEFT that the installed one lacks: `merge_weights` changes no output, and a LoRA with
+`enable_lora` differs in shape and is refused."""
 UNSWAPPED_SINCE = (0, 19)
 """The version of PEFT before which A and B of target_parameters of three dimensions were exchanged."""
 
@@ -61,14 +62,14 @@ def resolve_updates(
     Args:
         adapter: The tensors of `adapter_model.safetensors`.
         config: The content of `adapter_config.json`.
-        architecture: The class that it was tuned in, with the sizes that it had.
+        architecture: The architecture of the model that the LoRA was tuned on.
 
     Returns:
         The adapter's tensors as PEFT converts them on loading (separate experts become fused ones), and the updates by
         the parameters' names in memory.
 
     Raises:
-        CheckpointError: PEFT cannot put the adapter on the class, a setting is unknown or invalid, the LoRA updates a
+        CheckpointError: PEFT cannot add the adapter to the model, a setting is unknown or invalid, the LoRA updates a
             layer that cannot be merged, or tensors are missing or unexpected.
         MismatchError: A tensor differs in shape from the model's.
     """

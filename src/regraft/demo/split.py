@@ -42,8 +42,8 @@ def split_rows(
     Args:
         rows: The rows. Only the first of several with the same text is used.
         name: The task's name.
-        test_seed: The seed, with the name, of the choice of the test and the dev groups.
-        test_share: The share of the groups that go to the test split.
+        test_seed: The seed of the choice of test and dev groups, of which the name is a part too.
+        test_share: The expected share of the groups that go to the test split.
         sizes: The number of rows by split; None for all (of dev: a tenth of the rows outside test).
         seed: The seed of the order and, with sizes, of the choice of rows.
         stop_early: Stop reading at twice the rows that the sizes ask for, plus a thousand, if all three sizes are set.

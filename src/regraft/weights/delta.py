@@ -1,7 +1,7 @@
 """The delta of a tuned tensor, its graft onto another base, and linear interpolation.
 
-Source: Qin et al., Recyclable Tuning for Continual Pre-training, 2023 (arXiv:2305.08702), section 4; also known as task
-arithmetic (Ilharco et al., 2023, arXiv:2212.04089).
+Source: Qin et al., Recyclable Tuning for Continual Pre-training, 2023 (arXiv:2305.08702), section 4. Adding deltas is
+also known as task arithmetic (Ilharco et al., 2023, arXiv:2212.04089).
 """
 
 from __future__ import annotations

@@ -194,14 +194,12 @@ class Adapter(Family):
     ) -> GraftedAdaptation:
         """Raise an error: transforming the deltas of this kind is not supported."""
         raise KindError(
-            f"{adaptation.path}: a {adaptation.kind} does not change its base's tensors, so it has no deltas."
+            f"{adaptation.path}: the deltas of a {adaptation.kind} cannot be transformed. Use direct or init."
         )
 
     def remove_delta(self, model: Any, upgrade: Upgrade, row_match: RowMatch | None) -> Any:
         """Raise an error: removing an adapter of this kind is not supported."""
-        raise KindError(
-            f"{upgrade.new.path}: the adapter on it does not change the base's tensors, so it has no deltas."
-        )
+        raise KindError(f"{upgrade.new.path}: an adapter of this kind cannot be removed from it. Use direct or init.")
 
     def replace_vector(
         self,

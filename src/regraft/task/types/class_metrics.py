@@ -65,8 +65,8 @@ def _mcc(sums: Floats) -> Floats:
     right = hits.sum(axis=1)
     total = targets.sum(axis=1)
     covariance = right * total - (targets * predictions).sum(axis=1)
-    variance = (total**2 - (targets**2).sum(axis=1)) * (total**2 - (predictions**2).sum(axis=1))
-    return np.asarray(np.divide(covariance, np.sqrt(variance), out=np.zeros_like(covariance), where=variance > 0))
+    variances = (total**2 - (targets**2).sum(axis=1)) * (total**2 - (predictions**2).sum(axis=1))
+    return np.asarray(np.divide(covariance, np.sqrt(variances), out=np.zeros_like(covariance), where=variances > 0))
 
 
 ACCURACY = sum_metric("accuracy", _hits, _accuracy)
