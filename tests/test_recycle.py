@@ -277,7 +277,7 @@ def test_outcomes_load_without_regraft(tmp_path, bases, tuned_outcomes, task_fil
     )
     assert result.returncode == 0, result.stderr
     all_logits = json.loads(result.stdout.split("LOGITS")[1])
-    for (architecture, _), outcome, logits in zip(cells, outcomes, all_logits, strict=True):
+    for (architecture, _, _), outcome, logits in zip(cells, outcomes, all_logits, strict=True):
         expected = compute_test_logits(outcome.path, Base.open(bases[architecture][1]), task_file)[:20]
         torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-5, rtol=0)
 
