@@ -1,11 +1,14 @@
 """`regraft task`: check a task before anything is tuned on it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import regraft
+
+if TYPE_CHECKING:
+    from regraft.task.types import View
 
 app = typer.Typer(help="Check a task file and the data it names.", no_args_is_help=True)
 
@@ -46,8 +49,35 @@ def check(file: Annotated[Path, typer.Argument(help="Task file (YAML).", metavar
     print_text(f"metric {data.metric}, max_length {data.max_length} tokens, {outputs}{unlabelled}")
     if data.dev.source == data.train.source:
         print_text("dev is held out of train; to choose it yourself, name a file under `dev`")
+    if data.labelled:
+        for view in data.task.example_views(data.train, data.labels):
+            _print_view(view)
     for warning in data_warnings(data):
         print_text(warning, style="yellow")
+
+
+def _print_view(view: "View") -> None:
+    """Print a view of a task type: a table, the finding of a chart, or texts whose marked spans stand in brackets."""
+    from rich.markup import escape
+
+    from regraft.cli.terminal import console, new_table, print_text
+    from regraft.report.wording import format_cell
+    from regraft.task.types import MarkedText, Scatter
+
+    if isinstance(view, Scatter):
+        print_text(view.finding)
+    elif isinstance(view, MarkedText):
+        print_text(view.title)
+        for spans in view.texts:
+            marked = (f"[{span.text}]({span.mark})" if span.mark else span.text for span in spans)
+            print_text("  " + _on_one_line("".join(marked)))
+    else:
+        name, *figures = (column.name for column in view.columns)
+        table = new_table(view.title, (name,), tuple(figures))
+        for row in view.rows:
+            cells = (format_cell(column, cell) for column, cell in zip(view.columns, row, strict=True))
+            table.add_row(*(escape(_on_one_line(cell)) for cell in cells))
+        console.print(table)
 
 
 def _on_one_line(name: str) -> str:

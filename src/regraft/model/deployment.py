@@ -90,18 +90,20 @@ class Deployment:
         return self.data.likelihood.signal(self.outputs(split))
 
     def predictions(self, split: Split) -> list[Any]:
-        """Return the prediction for each row of a split, in the form of the split's targets."""
-        predictions: list[Any] = self.data.likelihood.predict(self.outputs(split)).tolist()
-        return predictions
+        """Return the prediction for each example of a split, in the form of the split's targets."""
+        row_predictions = self.data.likelihood.predict(self.outputs(split)).tolist()
+        return self.data.task.predictions_of_examples(row_predictions, split, self.examples(split))
 
     def confidence(self, split: Split) -> list[float] | None:
         """Return the probability that the model gives to each prediction for a split.
 
         Returns:
-            Probabilities, one per row; None if the likelihood gives all predictions the same probability.
+            Probabilities, one per example; None if the likelihood gives all predictions the same probability.
         """
         confidence = self.data.likelihood.confidence(self.outputs(split))
-        return None if confidence is None else confidence.tolist()
+        if confidence is None:
+            return None
+        return self.data.task.confidence_of_examples(confidence.tolist(), self.examples(split))
 
     def losses(self, split: Split) -> torch.Tensor:
         """Compute the loss of each row of a split in nats, in float64."""

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 from regraft.report.charts import draw_scatter
 from regraft.report.page import Chart, MarkedTexts, Table
-from regraft.report.wording import MISSING, integer, number, percent
+from regraft.report.wording import format_cell
 
 if TYPE_CHECKING:
     from regraft.task import types
-    from regraft.task.types.view import Cell, Column
 
 
 def table_block(view: types.Table) -> Table:
@@ -23,7 +22,7 @@ def table_block(view: types.Table) -> Table:
         The page's table, in which the columns before the first figure are text columns.
     """
     rows = tuple(
-        tuple(_format_cell(column, cell) for column, cell in zip(view.columns, row, strict=True)) for row in view.rows
+        tuple(format_cell(column, cell) for column, cell in zip(view.columns, row, strict=True)) for row in view.rows
     )
     forms = [column.form for column in view.columns]
     text_columns = next((i for i, form in enumerate(forms) if form != "text"), len(forms))
@@ -53,16 +52,3 @@ def marked_texts_block(view: types.MarkedText) -> MarkedTexts:
         The page's block with the same texts and marks.
     """
     return MarkedTexts(view.title, tuple(tuple((span.text, span.mark) for span in text) for text in view.texts))
-
-
-def _format_cell(column: Column, cell: Cell) -> str:
-    if cell is None:
-        return MISSING
-    if isinstance(cell, str):
-        return cell
-    if column.form == "count":
-        return integer(cell)
-    if column.form == "share":
-        return percent(cell)
-    sign = "+" if column.form == "change" and cell > 0 else ""
-    return sign + number(cell)

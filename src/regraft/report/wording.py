@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from regraft.task.types.view import Cell, Column
+
 MISSING = "–"
 """What a cell shows in place of a missing figure."""
 
@@ -126,3 +128,22 @@ def join_words(words: Iterable[str]) -> str:
     if len(word_list) < 2:
         return "".join(word_list)
     return f"{', '.join(word_list[:-1])} and {word_list[-1]}"
+
+
+def format_cell(column: Column, cell: Cell) -> str:
+    """Format a cell of a table view by its column's form; `MISSING` for None.
+
+    Args:
+        column: The column, whose form determines the format.
+        cell: The cell's value.
+    """
+    if cell is None:
+        return MISSING
+    if isinstance(cell, str):
+        return cell
+    if column.form == "count":
+        return integer(cell)
+    if column.form == "share":
+        return percent(cell)
+    sign = "+" if column.form == "change" and cell > 0 else ""
+    return sign + number(cell)

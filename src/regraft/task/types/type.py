@@ -1,4 +1,4 @@
-"""The base class of all task types, with the keys that every task file has.
+"""The base class of all task types.
 
 A task type is a subclass of `Task`: in a module of this package, as `TASK`, or in a different distribution, under the
 entry point group `regraft.task_types`. It defines the input and target columns, the tokenisation of inputs, the
@@ -10,16 +10,14 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from regraft.errors import DataError, did_you_mean
-from regraft.task.delimited import Quoting
 from regraft.task.labels import format_names
-from regraft.task.metric import Metric
-from regraft.task.source import SOURCE_DESCRIPTION, Source, resolve_source
-from regraft.task.types.likelihood import Likelihood
+from regraft.task.metric import Metric  # noqa: TC001 (pydantic reads annotations)
+from regraft.task.source import resolve_source
+from regraft.task.types.keys import TaskKeys
+from regraft.task.types.likelihood import Likelihood  # noqa: TC001 (pydantic reads annotations)
 from regraft.task.types.registry import discover_types
 from regraft.task.yaml_file import read_yaml, validate
 
@@ -37,29 +35,10 @@ ENTRY_POINT_GROUP = "regraft.task_types"
 """The group under which other distributions register their task types."""
 DEFAULT_TYPE = "text-classification"
 """The type of a task file without the key `type`, which regraft 0.1 did not have."""
-MIN_TOKENS = 8
-"""The smallest `max_length` in tokens, arbitrary: inputs cut to fewer tokens lose nearly all of their text."""
-MAX_TOKENS = 10_000_000
-"""The largest `max_length` in tokens: longer than any model's context, yet small enough for a tokenizer's integers."""
 
 
-class Task(BaseModel, ABC):
-    """A task as its task file declares it; each task type is a subclass.
-
-    Args:
-        name: The name of the task; by default, the task file's name without its suffix.
-        train: The source of the training examples.
-        dev: The source of the examples that models are selected on; by default, a tenth of train is held out.
-        test: The source of the examples that results are reported on; None to report results on dev.
-        metric: The name of the metric that is reported.
-        quoting: Whether double quotes in CSV and TSV files enclose fields (`quoted`) or are ordinary characters
-            (`plain`). By default, CSV is read as quoted, and TSV as its quotes suggest.
-        shots: The number of examples to keep per stratum of train and dev; by default, all are kept.
-        max_length: The number of tokens that inputs are truncated to. The default is a trade-off: a higher number
-            cuts off less text, but takes more time and memory per step.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Task(TaskKeys, ABC):
+    """A task as its task file declares it; each task type is a subclass, and adds the keys that only it has."""
 
     peft_task_type: ClassVar[str]
     """PEFT's `task_type` of adapters for this type."""
@@ -77,18 +56,6 @@ class Task(BaseModel, ABC):
     """The ways to carry an old head over to the new base."""
     pipeline_tag: ClassVar[str]
     """The Hugging Face Hub's pipeline tag for models of this type."""
-
-    type: str
-    name: str = Field(min_length=1, description="a name for the task")
-    train: Source = Field(description=SOURCE_DESCRIPTION)
-    dev: Source | None = Field(default=None, description=SOURCE_DESCRIPTION)
-    test: Source | None = Field(default=None, description=SOURCE_DESCRIPTION)
-    metric: str
-    quoting: Quoting | None = Field(default=None, description="quoted or plain, or leave it out")
-    shots: int | None = Field(default=None, ge=1, description="a whole number of examples per class, 1 or more")
-    max_length: int = Field(
-        default=128, ge=MIN_TOKENS, le=MAX_TOKENS, description=f"a whole number of tokens, {MIN_TOKENS} or more"
-    )
 
     @classmethod
     def load(cls, path: str | Path) -> Task:
@@ -177,14 +144,6 @@ class Task(BaseModel, ABC):
             "label2id": {label: index for index, label in enumerate(labels)},
             "problem_type": cls.problem_types[0],  # even if it is None, because the base's config may have a value
         }
-
-    def with_shots(self, shots: int | None) -> Self:
-        """Return a few-shot version of this task.
-
-        Args:
-            shots: The number of examples to keep per stratum; None returns the task unchanged.
-        """
-        return self if shots is None else self.model_copy(update={"shots": shots})
 
     @property
     def scoring(self) -> Metric:
@@ -306,6 +265,34 @@ class Task(BaseModel, ABC):
             labels: The label names, in the order of the outputs.
         """
         return ()
+
+    def example_views(self, split: Split, labels: Sequence[str]) -> tuple[View, ...]:
+        """Return tables and marked texts that show examples as users of the type look at them, for `task check`.
+
+        Args:
+            split: The examples to show.
+            labels: The label names, in the order of the outputs.
+        """
+        return ()
+
+    def predictions_of_examples(self, row_predictions: Sequence[Any], split: Split, examples: Examples) -> list[Any]:
+        """Convert the predictions for rows to one prediction per example, in the form of a target.
+
+        Args:
+            row_predictions: One prediction per row, as the likelihood returns it.
+            split: The examples.
+            examples: The same examples, as `encode` returned them.
+        """
+        return list(row_predictions)
+
+    def confidence_of_examples(self, row_confidence: Sequence[float], examples: Examples) -> list[float]:
+        """Convert the probabilities of the predictions for rows to one probability per example.
+
+        Args:
+            row_confidence: One probability per row.
+            examples: The examples, as `encode` returned them.
+        """
+        return list(row_confidence)
 
     def label_warnings(self, labels: Sequence[str]) -> list[str]:
         """Return one message per problem of the label names, such as two names that look alike."""
