@@ -139,15 +139,23 @@ def test_guides_run_from_beginning_to_end(guide, tmp_path, bases, task_file, mon
 
 
 @pytest.mark.slow
-def test_the_example_method_passes_its_own_tests(tmp_path):
-    page = (DOCS / "how-to-add-a-method.md").read_text(encoding="utf-8")
-    method, tests = (block for language, block in FENCE.findall(page) if language == "python")
+@pytest.mark.parametrize(
+    ("page", "file"),
+    [
+        ("how-to-add-a-method.md", "src/regraft/methods/clipped.py"),
+        ("how-to-add-a-task-type.md", "src/regraft/task/types/text_count.py"),
+    ],
+)
+def test_the_example_of_a_page_passes_its_own_tests(tmp_path, page, file):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    example, tests = (block for language, block in FENCE.findall(text) if language == "python")
+    assert f"`{file}`" in text
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "src/regraft/methods/clipped.py").write_text(method, encoding="utf-8")
+    (tmp_path / file).write_text(example, encoding="utf-8")
     (tmp_path / "tests").mkdir()
     for name in ("conftest.py", "helpers.py"):
         shutil.copy(Path(__file__).with_name(name), tmp_path / "tests")
-    (tmp_path / "tests/test_clipped.py").write_text(tests, encoding="utf-8")
+    (tmp_path / "tests/test_example.py").write_text(tests, encoding="utf-8")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"],
         cwd=tmp_path,
