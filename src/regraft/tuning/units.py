@@ -6,7 +6,8 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import label_tensor_names
+from regraft.adaptation import fresh_model, label_tensor_names
+from regraft.errors import MismatchError
 from regraft.model.outputs import unwrap_parallel
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 _PEFT_NAME_PARTS = re.compile(r"^base_model\.model\.|modules_to_save\.\w+\.")
 """The parts that PEFT adds to the names of a model's heads."""
+MAX_OFFSET_WITHOUT_BIAS = 10.0
+"""The largest mean of the targets, in deviations, that an output layer without a bias is trained for. Arbitrary: it
+admits ratings from 1 to 5, but not years, whose mean would take the whole training."""
 
 
 @contextlib.contextmanager
@@ -27,9 +31,9 @@ def standardised_outputs(model: nn.Module, base: Base, data: TaskData) -> Iterat
     """Standardise a model's output layers inside the context, without a change of its outputs.
 
     The targets' mean is subtracted from the layers' biases, and weights and biases are divided by the targets' scale.
-    Hooks convert the layers' outputs back, so the model's predictions stay, while an optimiser's steps are as large,
-    relative to the outputs, as with targets of unit scale. After the context, the weights and biases are in the units
-    of the targets again.
+    A layer without a bias is only divided by the scale. Hooks convert the layers' outputs back, in float32, so the
+    model's predictions stay, while an optimiser's steps are as large, relative to the outputs, as with targets of unit
+    scale. After the context, the weights and biases are in the units of the targets again.
 
     Args:
         model: A model with a head for the task, with or without an adapter.
@@ -45,7 +49,7 @@ def standardised_outputs(model: nn.Module, base: Base, data: TaskData) -> Iterat
     standardise_outputs(model, base, data)
 
     def rescale(layer: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output * scale + (mean if layer.bias is not None else 0)
+        return output.float() * scale + (mean if layer.bias is not None else 0)  # bf16 would round a large mean
 
     handles = [layer.register_forward_hook(rescale) for layer in layers]
     try:
@@ -77,6 +81,41 @@ def restore_output_units(model: nn.Module, base: Base, data: TaskData) -> None:
         data: The task's data; if the task type does not scale its targets, nothing changes.
     """
     _transform_output_layers(model, base, data, lambda tensor, mean, scale: tensor * scale + mean)
+
+
+def fresh_scaled_model(base: Base, data: TaskData, seed: int) -> Any:
+    """Build a base with a fresh head whose outputs have the mean and the scale of the targets.
+
+    Args:
+        base: The base.
+        data: The task's data; if the task type does not scale its targets, the head is as `fresh_model` builds it.
+        seed: The seed of the head's initialisation.
+
+    Returns:
+        The model, in float32 on the CPU.
+
+    Raises:
+        CheckpointError: A tensor of the base is missing, unexpected or misshapen.
+        MismatchError: The head has no bias, and the mean of the targets is too far from 0 to be learnt without.
+    """
+    model = fresh_model(base, data.head, seed)
+    _check_learnable_offset(model, base, data)
+    restore_output_units(model, base, data)
+    return model
+
+
+def _check_learnable_offset(model: nn.Module, base: Base, data: TaskData) -> None:
+    """Refuse targets whose mean a head without a bias could learn only by its features, and would learn too slowly."""
+    scaling = data.task.target_scaling(data.train.targets)
+    if scaling is None:
+        return
+    mean, scale = scaling
+    is_biased = all(layer.bias is not None for layer in _output_layers(model, base, data))
+    if not is_biased and abs(mean) > MAX_OFFSET_WITHOUT_BIAS * scale:
+        raise MismatchError(
+            f"{data.train.source}: the targets are around {mean:.6g} with a deviation of {scale:.3g}, but the head of "
+            f"a {base.config.model_type} has no bias to learn such a mean. Subtract {mean:.0f} from the targets."
+        )
 
 
 def _transform_output_layers(
