@@ -28,8 +28,8 @@ class Row:
         dev: The best dev score during training.
         test: The test score; the dev score if there is no test split. Recovery and flips are on the same split.
         test_deviation: The standard deviation of `test` over seeds; None for one seed.
-        recovery: (score − chance) / (scratch's score − chance); None if scratch gains nothing over chance, or in a
-            bounded metric less than `regraft.task.MIN_HEADROOM`.
+        recovery: (score − chance) / (scratch's score − chance); None if scratch gains nothing over chance, or less
+            than `regraft.task.MIN_HEADROOM`.
         steps_to_scratch: The steps until the dev score reaches scratch's last one; None if it never does.
         seconds_to_scratch: The seconds of training until then; None if it never does.
         negative_flips: The share of examples that the old deployment predicts correctly and this method does not, 0–1.

@@ -100,10 +100,11 @@ class Target:
             certainty = f"dev has {self.weakness}"
         else:
             certainty = f"{100 * self.confidence:.0f} % sure: from {metric.describe(stage['low'])} up"
+        relation = "to" if metric.higher_is_better else "gained on"
         reached, target = (metric.format_score(value) for value in (stage["score"], self.score))
         return (
-            f"{metric.name} {reached} on dev, {metric.describe(stage['difference'])}{metric.unit} to the target of "
-            f"{target} ({certainty}; {metric.describe(self.tolerance, '.1f')} may be lost)"
+            f"{metric.name} {reached} on dev, {metric.describe(stage['difference'])}{metric.unit} {relation} the "
+            f"target of {target} ({certainty}; {metric.describe(self.tolerance, '.1f')} may be lost)"
         )
 
 

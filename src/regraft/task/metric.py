@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 Score = TypeVar("Score", float, "Floats")
 
 MIN_HEADROOM = 0.03
-"""By a bounded metric, the least gain of a reference over chance for which recovery is computed: a share of less is
-mostly noise."""
-
+"""The least gain of a reference over chance for which recovery is computed, relative to the chance score if the metric
+is not bounded: a share of less is mostly noise."""
 MIN_WITHOUT_EXPONENT = 1e-4
 """The least absolute number that is formatted without an exponent, as in Python's own format `g`."""
 
@@ -174,14 +173,14 @@ def recovery(value: float, chance: float, reference: float, metric: Metric | Non
         metric: The metric of the scores; None for a bounded metric of which higher is better.
 
     Returns:
-        The share, which may be below 0 or above 1; None if the reference gains nothing or, by a bounded
-        metric, less than `MIN_HEADROOM`.
+        The share, which may be below 0 or above 1; None if the reference gains nothing or
+        less than `MIN_HEADROOM`.
     """
     gain = reference - chance
     headroom = MIN_HEADROOM
     if metric is not None:
         gain = metric.gain(reference, chance)
-        headroom = metric.share_to_difference(MIN_HEADROOM, chance, reference)
+        headroom = MIN_HEADROOM if metric.is_bounded else MIN_HEADROOM * abs(chance)
     is_sufficient = gain >= headroom and gain > 0  # False if the reference or chance is NaN
     return (value - chance) / (reference - chance) if is_sufficient else None
 
