@@ -290,6 +290,16 @@ def set_first_value(value):
         ("full", change_config(label2id={"positive": 0, "negative": 1}), "Correct one of them"),
         ("full", change_config(id2label={"0": "positive", "1": "positive"}, label2id={}), "more than once"),
         ("full", change_config(problem_type="ranking"), "was tuned for 'ranking'"),
+        ("full", change_config(id2label={"0": "score"}, label2id={"score": 0}), "regression"),
+        (
+            "full",
+            change_config(
+                id2label={"0": "score"},
+                label2id={"score": 0},
+                sentence_transformers={"activation_fn": "torch.nn.modules.activation.Sigmoid"},
+            ),
+            "the Sigmoid of its output",
+        ),
         (
             "full",
             change_config(architectures=["BertForTokenClassification", "BertForSequenceClassification"]),
@@ -330,7 +340,8 @@ def set_first_value(value):
         ("lora", add_doubles("A.w", "A.other.w"), "unexpected"),
         ("lora", swap_factors(), "another shape"),
         ("lora", add_tensor("base_model.model.x", torch.zeros(0)), "unexpected"),
-        ("lora", cut_rows("layer.1", 0), "its head has"),
+        ("lora", cut_rows("layer.1", 0), "another shape"),
+        ("lora", cut_rows("classifier", 1), "its head has 1 output, the task has 2 labels"),
         ("lora", copy_weights("adapter_model-00001-of-00002.safetensors"), "PEFT reads an adapter from"),
         ("dora", drop_tensors("magnitude"), "missing"),
         ("lora", copy_weights("model.safetensors"), "a whole model"),

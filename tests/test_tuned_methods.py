@@ -368,7 +368,7 @@ def test_label_free_ignores_labels(tmp_path, large_upgrade, adaptations, task_fi
     )
     assert have_equal_weights(outcome, shuffled)
     assert outcome.record.cost.labels == shuffled.record.cost.labels == 0
-    assert outcome.record.notes["score"] == "overlap of class probabilities with the old model's on dev"
+    assert outcome.record.notes["score"] == "overlap of the predicted distributions with the old model's on dev"
     assert [point["score"] for point in outcome.curve] == [point["score"] for point in shuffled.curve]
     init = recycle(large_upgrade, source, task_file, "init", tmp_path / "init", recipe=NINE_STEPS)
     assert not have_equal_weights(outcome, init)

@@ -87,7 +87,8 @@ def check_num_outputs(adaptation: Adaptation, num_outputs: int, head: Head) -> N
     """
     if num_outputs == head.num_outputs:
         return
-    labels = f" ({', '.join(adaptation.labels)})" if adaptation.labels else ""
+    names = adaptation.labels or ()
+    labels = f" ({', '.join(names)})" if len(names) == num_outputs else ""
     hint = ""
     for task_type in adaptation.family.matching_task_types(adaptation.config):
         if task_type.head_settings(())["num_labels"] == num_outputs:

@@ -29,8 +29,8 @@ MAX_MEAN_EXAMPLES = 256
 MEAN_RIDGE = 0.01
 """The penalty of that fit, relative to the mean square of the features: small, since the fit must be close."""
 MAX_MEAN_ERROR = 5.0
-"""The largest error of that fit, in deviations of the targets, from which a training starts. Arbitrary: from a larger one,
-little but the mean would be learnt."""
+"""The largest error of that fit, in deviations of the targets, from which a training starts. Arbitrary: from a larger
+one, little but the mean would be learnt."""
 
 
 @contextlib.contextmanager

@@ -57,7 +57,11 @@ def outcome_card(settings: list[Setting]) -> Card:
     recycled = [summary for summary in setting.summaries if summary.score is not None and summary.method != "scratch"]
     if not recycled:
         summary = setting.summaries[0]
-        advice = f"It is the only method here: {integer(summary.steps)} steps, {duration(summary.seconds)}."
+        cost = f"{integer(summary.steps)} steps, {duration(summary.seconds)}"
+        num_methods = len(setting.summaries)
+        advice = f"It is the only method here: {cost}."
+        if num_methods > 1:
+            advice = f"It is the first of {num_methods} methods, of which none has a score to compare: {cost}."
         return _measured_card("Outcome", summary.method, advice, _reference_scores(setting))
     best = recycled[0]
     advice = f"It has the best {setting.metric} on {setting.split} of {len(setting.summaries)} methods"
