@@ -20,6 +20,7 @@ from regraft.methods.auto import Auto
 from regraft.methods.target import Target
 from regraft.model.probe import probe
 from regraft.recipe import best_step
+from regraft.report import write_report
 from regraft.task import Interval, load_data, paired_difference, recovery, score
 from regraft.task.bootstrap import resampled_scores
 from regraft.task.metric import sum_metric
@@ -81,7 +82,11 @@ def test_a_metric_to_minimise_leads_to_the_same_choices():
     recommendation = verdict(error, labels, old_predictions, new_predictions, np.sqrt(0.5))
     assert (recommendation.choice, recommendation.predicted) == ("use as is", pytest.approx(0.96, abs=0.01))
     with_gain = verdict(error, labels, old_predictions, new_predictions, 0.7, gain=Interval(0.5, -0.1, 1))
-    assert "+0.5 [-0.1, +1]" in with_gain.reasons[3].value
+    assert "+0.500 [-0.100, +1.00]" in with_gain.reasons[3].value
+    assert [reason.value for reason in with_gain.reasons[:3]] == ["0.3162", "0.3317", "0.7000"]
+    assert [error.format_score(score) for score in (12345.6, 0.0, -2.5, 4e-7)] == ["12,346", "0.000", "-2.500", "4e-07"]
+    assert error.describe(1234.5, "d") == "1,234"
+    assert error.round_score(1.23456789e-7) == 1.23457e-7
 
     tolerance = error.share_to_difference(0.01, np.sqrt(0.5), np.sqrt(0.1))
     assert tolerance == pytest.approx(0.01 * (np.sqrt(0.5) - np.sqrt(0.1)))
@@ -103,6 +108,7 @@ def test_a_metric_to_minimise_leads_to_the_same_choices():
 
     assert recovery(0.5, 0.7, 0.3, error) == pytest.approx(0.5)
     assert recovery(0.5, 0.7, 0.8, error) is None
+    assert recovery(0.5, 0.7, 0.69, error) is None  # a gain of less than 3 % of the chance score
     curve = [{"step": 0, "score": 0.5}, {"step": 5, "score": 0.2}, {"step": 9, "score": 0.2}]
     assert best_step(curve, error.merit) == 5
 
@@ -290,9 +296,16 @@ def test_methods_without_labels_recycle_an_unlabelled_task(
         assert outcome.scores["dev"] is outcome.scores["test"] is outcome.scores["test_majority"] is None
         assert outcome.predictions("test") == labelled_outcome.predictions("test")
         assert outcome.record.cost.labels == 0
+        assert bool(outcome.curve) == (method == "label-free")
+        assert outcome == recycle(large_upgrade, source, unlabelled_task, method, tmp_path / method, recipe=RECIPE)
         assert "not measured" in (outcome.path / "README.md").read_text()
     outcome = run_auto(tmp_path, large_upgrade, source, unlabelled_task, labels=False, budgets=(0.5,), scratch=False)
     assert outcome.record.notes["cannot_know"]
+    assert outcome.record.curve_is_agreement
+    folders = [tmp_path / "direct", tmp_path / "label-free", outcome.path]
+    text = write_report(folders, tmp_path / "report.md", "md").read_text()
+    assert "3 methods, of which none has a score" in text
+    assert "Learning curves" not in text
 
 
 def test_methods_with_labels_refuse_an_unlabelled_task(tmp_path, large_upgrade, tuned_outcomes, unlabelled_task):

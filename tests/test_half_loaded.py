@@ -290,6 +290,16 @@ def set_first_value(value):
         ("full", change_config(label2id={"positive": 0, "negative": 1}), "Correct one of them"),
         ("full", change_config(id2label={"0": "positive", "1": "positive"}, label2id={}), "more than once"),
         ("full", change_config(problem_type="ranking"), "was tuned for 'ranking'"),
+        ("full", change_config(id2label={"0": "score"}, label2id={"score": 0}), "regression"),
+        (
+            "full",
+            change_config(
+                id2label={"0": "score"},
+                label2id={"score": 0},
+                sentence_transformers={"activation_fn": "torch.nn.modules.activation.Sigmoid"},
+            ),
+            "the Sigmoid of its output",
+        ),
         (
             "full",
             change_config(architectures=["BertForTokenClassification", "BertForSequenceClassification"]),
@@ -305,7 +315,7 @@ def set_first_value(value):
         ("full", nest_copy, "and a folder adaptation/"),
         ("lora", change_lineage(labels=["positive", "positive"]), "more than once"),
         ("lora", change_lineage(labels=5), "not a list of names"),
-        ("lora", change_lineage(labels=["a", "b", "c"]), "another shape"),
+        ("lora", change_lineage(labels=["a", "b", "c"]), "its head has 2 outputs"),
         ("lora", change_lineage(base="me"), "not an object"),
         ("lora", change_adapter_config(r=4), "another shape"),
         ("lora", change_adapter_config(rank_pattern={"query": 1}), "another shape"),
@@ -331,6 +341,7 @@ def set_first_value(value):
         ("lora", swap_factors(), "another shape"),
         ("lora", add_tensor("base_model.model.x", torch.zeros(0)), "unexpected"),
         ("lora", cut_rows("layer.1", 0), "another shape"),
+        ("lora", cut_rows("classifier", 1), "its head has 1 output, the task has 2 labels"),
         ("lora", copy_weights("adapter_model-00001-of-00002.safetensors"), "PEFT reads an adapter from"),
         ("dora", drop_tensors("magnitude"), "missing"),
         ("lora", copy_weights("model.safetensors"), "a whole model"),

@@ -160,7 +160,7 @@ def test_compare_measures_every_method_against_scratch(comparisons, tuned_outcom
     scratch_gain = rows["scratch"].test - comparison.majority
     for row in rows.values():
         assert row.recovery == pytest.approx((row.test - comparison.majority) / scratch_gain)
-        assert row.start <= row.dev
+        assert row.start is None or row.start <= row.dev
         assert 0 <= row.negative_flips <= comparison.old
     assert (rows["direct"].steps, rows["direct"].labels) == (0, 0)
     assert 0 <= rows["direct"].seconds < 60
@@ -386,7 +386,13 @@ def test_the_old_score_of_a_comparison_is_the_mean_over_seeds(bases, tuned_outco
     )
     upgrade = Upgrade(*bases["bert"])
     source = tuned_outcomes["bert", "lora"]
-    comparison = compare(upgrade, source, task_file, ["direct"], tmp_path, recipe=RECIPE, seeds=(20, 30))
+    comparison = compare(upgrade, source, task_file, ["direct", "label-free"], tmp_path, recipe=RECIPE, seeds=(20, 30))
+    label_free = comparison.rows[2]
+    assert label_free.method == "label-free"
+    # its curve is agreement with the old model, which has no relation to scratch's scores
+    assert label_free.start is label_free.steps_to_scratch is label_free.seconds_to_scratch is None
+    dev_scores = [load_outcome(path).scores["dev"] for path in comparison.outcomes if "label-free" in path]
+    assert label_free.dev == pytest.approx(sum(dev_scores) / 2)
     assert comparison.old == 0.75
 
 

@@ -25,7 +25,8 @@ from regraft.diagnosis import read_diagnosis
 from regraft.errors import OutcomeError, RecipeError
 from regraft.report import write_report
 from regraft.report.find import sanitise
-from regraft.task.types import MarkedText, Scatter, Span, Table
+from regraft.task.types import MarkedText, Scatter, Span, Table, TextClassification
+from regraft.task.types.class_metrics import ACCURACY
 from regraft.task.types.view import Column, Series
 
 ATTACK = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
@@ -447,6 +448,33 @@ def test_a_comparison_without_outcomes_is_shown(tmp_path, visit):
     (tmp_path / "comparison.json").write_text(json.dumps(content))
     text = visit(write_report(tmp_path, tmp_path / "report.html")).locator("main").inner_text()
     assert "0.876" in text and "97 %" in text and "3.1 %" in text
+
+
+def test_the_best_score_of_a_metric_to_minimise_is_the_lowest(tmp_path, monkeypatch, visit):
+    error = dataclasses.replace(ACCURACY, name="error", higher_is_better=False, is_bounded=False)
+    monkeypatch.setattr(TextClassification, "metrics", (*TextClassification.metrics, error))
+    row = {
+        "seeds": [1],
+        "start": None,
+        "test_deviation": None,
+        "recovery": None,
+        "steps_to_scratch": None,
+        "seconds_to_scratch": None,
+        "negative_flips": 0.0,
+        "labels": 1,
+        "steps": 1,
+        "seconds": 1.0,
+    }
+    rows = [
+        {**row, "method": method, "dev": score, "test": score}
+        for method, score in (("scratch", 12345.6), ("init", 9876))
+    ]
+    content = {"task": "n", "metric": "error", "split": "test", "old": 11000, "majority": 30000, "outcomes": []}
+    (tmp_path / "comparison.json").write_text(json.dumps({**content, "rows": rows}))
+    main = visit(write_report(tmp_path, tmp_path / "report.html")).locator("main")
+    text = main.inner_text()
+    assert "init has the lowest error on test, 9,876; scratch has 12,346; the old deployment had 11,000." in text
+    assert "error on test, lower is better" in main.inner_html()
 
 
 REMOVED = object()

@@ -18,7 +18,7 @@ from regraft.progress import quiet
 from regraft.task import load_data, score
 from regraft.task.types import Examples, TextClassification, task_types
 from regraft.task.types.likelihood import CATEGORICAL
-from regraft.tuning.units import restore_output_units, standardised_outputs
+from regraft.tuning.units import fresh_scaled_model, restore_output_units, standardised_outputs
 
 TOKENS = [[1, 7, 8, 9, 2], [1, 5, 2], [1, 6, 7, 8, 9, 10, 11, 2]]
 ROW_TOKENS = [[1, 3], [], [4, 1, 6]]
@@ -205,3 +205,18 @@ def test_standardised_outputs_keep_predictions_and_units_are_restored(
     restore_output_units(model, base, data)
     expected = scale * logits + (mean if has_bias else 0)
     assert torch.allclose(predict(model, encoded_dev[architecture], "fp32"), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_a_fresh_head_starts_from_the_mean_of_the_targets(opened_bases, task_file, monkeypatch, architecture):
+    """Without a bias (llama), weights whose outputs are nearly constant stand for it."""
+    base = opened_bases[architecture][0]
+    data = load_data(task_file, 20)
+    monkeypatch.setattr(TextClassification, "target_scaling", lambda self, targets: (30.0, 8.0))
+    model = fresh_scaled_model(base, data, 0)
+    logits = Deployment(model, base, data, "bf16").outputs(data.dev)
+    assert torch.allclose(logits.mean(dim=0), torch.tensor(30.0), atol=4)
+    monkeypatch.setattr(TextClassification, "target_scaling", lambda self, targets: (2000.0, 8.0))
+    if architecture == "llama":
+        with pytest.raises(MismatchError, match="Subtract 2000 from all targets"):
+            fresh_scaled_model(base, data, 0)

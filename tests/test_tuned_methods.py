@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -15,25 +16,29 @@ from helpers import (
     compute_distillation_loss,
     have_equal_tensors,
     interrupt_at,
+    make_adapted_model,
     read_csv,
     read_weights,
+    update_json,
     write_adaptation,
     write_table,
     write_upgrade,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from regraft import Distillation, Recipe, Upgrade, load_adaptation, recycle
-from regraft.adaptation import fresh_model, load_model, write_graft
-from regraft.errors import DataError, OutcomeError, RecipeError
+from regraft import Distillation, Recipe, Upgrade, load_adaptation, recycle, tune
+from regraft.adaptation import fresh_model, load_model, save_model, write_graft
+from regraft.errors import DataError, MismatchError, OutcomeError, RecipeError
 from regraft.methods.label_free import LabelFree
 from regraft.model import Deployment, encode
 from regraft.progress import silent
 from regraft.recipe import decay_factor
-from regraft.task import load_data
+from regraft.task import Head, load_data
 from regraft.task.types import Signal
 from regraft.task.types.likelihood import CATEGORICAL
+from regraft.task.types.text_regression import TextRegression
 from regraft.tuning import Anchoring, Interpolation, distillation_loss, plan_order
 from regraft.tuning.anchor import anchored_objective, fisher_information
 from regraft.tuning.distill import compute_teacher_outputs, distillation_objective, teacher_loss
@@ -101,6 +106,71 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
         direct_weights, weights = (read_weights(outcome.path / "adaptation") for outcome in (direct, uninterrupted))
         assert direct_weights.keys() == weights.keys()
         assert uninterrupted.curve[0]["score"] == direct.scores["dev"]
+
+
+@pytest.fixture(scope="module")
+def regression(tmp_path_factory, task_file, opened_bases, quick_recipe):
+    """A task of numbers far from 0, higher by 600 for positive sentences, and a full model tuned on it."""
+    folder = tmp_path_factory.mktemp("regression")
+    rng = np.random.default_rng(0)
+    for split in ("train", "dev", "test"):
+        rows = read_csv(task_file.with_name(f"{split}.csv"))
+        numbers = [12_345 + 300 * (1 if row["label"] == "positive" else -1) + rng.normal(0, 50) for row in rows]
+        numbered = [{"text": row["text"], "number": number} for row, number in zip(rows, numbers, strict=True)]
+        write_table(folder / f"{split}.csv", numbered)
+    (folder / "task.yaml").write_text(
+        "type: text-regression\nname: prices\ntrain: train.csv\ndev: dev.csv\ntest: test.csv\ntext: text\n"
+        "label: number\ntolerance: 150\nmetric: rmse\nmax_length: 32\n"
+    )
+    return folder / "task.yaml", tune(
+        opened_bases["bert"][0], folder / "task.yaml", folder / "tuned", recipe=quick_recipe
+    )
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_a_regression_is_recycled_in_the_units_of_its_targets(tmp_path, opened_bases, regression, method):
+    task, source = regression
+    assert source.scores["test"] < 120
+    upgrade = Upgrade(*opened_bases["bert"])
+    arguments = {"recipe": NINE_STEPS, "options": OPTIONS[method]}
+    direct = recycle(upgrade, source.path, task, "direct", tmp_path / "direct", recipe=NINE_STEPS)
+    whole = recycle(upgrade, source.path, task, method, tmp_path / "whole", **arguments)
+    with pytest.raises(InterruptedRunError):
+        recycle(upgrade, source.path, task, method, tmp_path / "resumed", **arguments, progress=interrupt_at("tune", 5))
+    resumed = recycle(upgrade, source.path, task, method, tmp_path / "resumed", **arguments)
+    assert have_equal_weights(whole, resumed)
+    assert whole.scores["test"] < 120
+    if method == "label-free":
+        assert 0.9 < whole.curve[0]["score"] <= 1
+    else:
+        assert whole.curve[0]["score"] == pytest.approx(direct.scores["dev"], rel=1e-4)
+    model = AutoModelForSequenceClassification.from_pretrained(whole.path / "adaptation").eval()
+    tokenizer = AutoTokenizer.from_pretrained(whole.path / "adaptation")
+    batch = tokenizer(load_data(task, 20).test.inputs[0][0], return_tensors="pt", truncation=True, max_length=32)
+    assert model(**batch).logits.item() == pytest.approx(whole.predictions("test")[0], abs=0.1)
+    fresh = recycle(upgrade, source.path, task, "direct", tmp_path / "fresh", recipe=NINE_STEPS, head="fresh")
+    assert fresh.scores["test"] < 1_000  # near the mean, not near 0
+
+
+def test_a_model_of_one_output_is_a_regression(tmp_path, opened_bases, regression, task_file):
+    """As in transformers, if its config names no problem type."""
+    task, source = regression
+    upgrade = Upgrade(*opened_bases["bert"])
+    shutil.copytree(source.path / "adaptation", tmp_path / "made")
+    (tmp_path / "made" / "lineage.json").unlink()
+    update_json(tmp_path / "made" / "config.json", problem_type=None)
+    outcome = recycle(upgrade, tmp_path / "made", task, "direct", tmp_path / "direct", recipe=NINE_STEPS)
+    assert outcome.scores["test"] < 120
+    with pytest.raises(MismatchError, match=r"tuned for text-regression.* or correct problem_type \(None\)"):
+        recycle(upgrade, tmp_path / "made", task_file, "direct", tmp_path / "refused", recipe=NINE_STEPS)
+    adapter = tmp_path / "adapter"
+    head = Head(TextRegression, ())
+    model, start = make_adapted_model(upgrade.old, "lora", head)
+    save_model(model, upgrade.old, head, adapter, start)
+    (adapter / "lineage.json").unlink()
+    recycle(upgrade, adapter, task, "direct", tmp_path / "adapted", recipe=NINE_STEPS)
+    with pytest.raises(MismatchError, match=r"its head has 1 output, the task has 2 labels .* of type text-regression"):
+        recycle(upgrade, adapter, task_file, "direct", tmp_path / "refused", recipe=NINE_STEPS)
 
 
 def explicit_teacher_loss(logits, labels, teacher_logits, hidden, teacher_hidden, options):
@@ -368,7 +438,7 @@ def test_label_free_ignores_labels(tmp_path, large_upgrade, adaptations, task_fi
     )
     assert have_equal_weights(outcome, shuffled)
     assert outcome.record.cost.labels == shuffled.record.cost.labels == 0
-    assert outcome.record.notes["score"] == "overlap of class probabilities with the old model's on dev"
+    assert outcome.record.notes["score"] == "overlap of the predicted distributions with the old model's on dev"
     assert [point["score"] for point in outcome.curve] == [point["score"] for point in shuffled.curve]
     init = recycle(large_upgrade, source, task_file, "init", tmp_path / "init", recipe=NINE_STEPS)
     assert not have_equal_weights(outcome, init)

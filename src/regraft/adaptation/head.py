@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, get_args
 
-from regraft.adaptation.fresh import fresh_model
 from regraft.adaptation.labels import label_tensor_names
 from regraft.adaptation.load import load_adaptation
 from regraft.adaptation.lora import name_without_prefix
@@ -15,7 +14,10 @@ from regraft.errors import MAX_LISTED, MismatchError
 from regraft.progress import silent
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+
+    import torch
 
     from regraft.base import Base
     from regraft.task import Head
@@ -25,7 +27,9 @@ HEAD_POLICIES: tuple[HeadPolicy, ...] = get_args(HeadPolicy)
 """The values of `HeadPolicy`, which `change_head` explains."""
 
 
-def change_head(path: Path, base: Base, head: Head, policy: HeadPolicy, seed: int, folder: Path) -> None:
+def change_head(
+    path: Path, base: Base, head: Head, policy: HeadPolicy, initial: Mapping[str, torch.Tensor], folder: Path
+) -> None:
     """Write an adaptation with a head for different labels.
 
     Args:
@@ -34,7 +38,7 @@ def change_head(path: Path, base: Base, head: Head, policy: HeadPolicy, seed: in
         head: The new head.
         policy: `fresh` initialises all tensors of the head. `resize` copies them, apart from the outputs of labels that
             the adaptation lacks, which are initialised. `copy` copies all of them.
-        seed: The seed of the initialisation.
+        initial: The tensors of the base with an initialised new head, by parameter name.
         folder: The folder to write.
 
     Raises:
@@ -50,7 +54,6 @@ def change_head(path: Path, base: Base, head: Head, policy: HeadPolicy, seed: in
             f"{path}: its labels ({', '.join(row_by_label) or 'none are recorded'}) include none of "
             f"{', '.join(head.labels[:MAX_LISTED])}, so no output can be kept. Use a fresh head."
         )
-    initial = fresh_model(base, head, seed).state_dict()
     output_names = label_tensor_names(base, head.type)
     prefix = base.prefix + "."
     entries = {}

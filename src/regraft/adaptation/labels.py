@@ -66,9 +66,36 @@ def check_task_type(adaptation: Adaptation, task: Task) -> None:
     if recorded == task.type or (recorded is None and (not matching_types or type(task) in matching_types)):
         return  # if no type matches, loading raises an error with the reason
     names = recorded or " or ".join(task_type.type_name() for task_type in matching_types)
+    remedy = "Use the task it was tuned on, with its `type`"
+    if recorded is None and adaptation.kind == "full":
+        remedy += f", or correct problem_type ({adaptation.config.get('problem_type')!r:.60}) in its config.json"
     raise MismatchError(
-        f"{adaptation.path} was tuned for {names}, but task {task.name!r} is of type {task.type}. Use the task it was "
-        "tuned on, with its `type`."
+        f"{adaptation.path} was tuned for {names}, but task {task.name!r} is of type {task.type}. {remedy}."
+    )
+
+
+def check_num_outputs(adaptation: Adaptation, num_outputs: int, head: Head) -> None:
+    """Check that an adaptation's head has as many outputs as a task's.
+
+    Args:
+        adaptation: The adaptation.
+        num_outputs: The number of outputs of its head.
+        head: The head of the task.
+
+    Raises:
+        MismatchError: The numbers differ.
+    """
+    if num_outputs == head.num_outputs:
+        return
+    names = adaptation.labels or ()
+    labels = f" ({', '.join(names)})" if len(names) == num_outputs else ""
+    hint = ""
+    for task_type in adaptation.family.matching_task_types(adaptation.config):
+        if task_type.head_settings(())["num_labels"] == num_outputs:
+            hint = f", such as one of type {task_type.type_name()}"
+    raise MismatchError(
+        f"{adaptation.path}: its head has {num_outputs} output{'' if num_outputs == 1 else 's'}{labels}, the task has "
+        f"{head}. Use the task it was tuned on{hint}."
     )
 
 

@@ -17,6 +17,7 @@ from regraft.checkpoint import check_output_path, publish, read_json, read_json_
 from regraft.checkpoint.record import plain_text
 from regraft.errors import CheckpointError, OutcomeError, RegraftError
 from regraft.printable import printable
+from regraft.task.score import find_metric
 from regraft.task.types import task_types
 from regraft.upgrade import with_current_fingerprints
 
@@ -48,7 +49,7 @@ class Outcome:
 
     @property
     def curve(self) -> list[dict[str, float]]:
-        """The learning curve: an entry for each evaluation, from step 0 on."""
+        """The learning curve: an entry for each evaluation, from step 0 on; empty without training and labels."""
         return list(read_json_lines(self.path / CURVE_FILE))
 
     def predictions(self, split: str) -> list[Any]:
@@ -189,7 +190,7 @@ def _check_complete(outcome: Outcome) -> None:
     """
     try:
         load_adaptation(outcome.path)
-        if not outcome.curve:
+        if not outcome.curve and not outcome.record.has_empty_curve:
             raise ValueError(f"{CURVE_FILE} is truncated")
         scored_splits = [split for split in ("dev", "test") if outcome.scores[split] is not None]
         for split in scored_splits or ["dev"]:
@@ -227,9 +228,11 @@ def _card(record: OutcomeRecord) -> str:
     if source:
         names = f"{_code(source.adaptation)} on {_code(source.old_base)}"
         lines.append(f"- recycled from: {names} ({source.fingerprint})")
+    dev, test, start = (_score_text(task.metric, value) for value in (scores.dev, scores.test, scores.dev_at_start))
+    if record.curve_is_agreement:
+        start = "not measured"
     lines += [
-        f"- {task.metric}: dev {_score_text(scores.dev)}, test {_score_text(scores.test)}"
-        f" (before the first step: dev {_score_text(scores.dev_at_start)})",
+        f"- {task.metric}: dev {dev}, test {test} (before the first step: dev {start})",
         f"- cost: {cost.steps} steps, {cost.seconds:.0f} s, {cost.labels} labelled examples",
         f"- made with: {_options_text(record)}",
         "",
@@ -258,5 +261,5 @@ def _safe_text(text: str) -> str:
     return text if re.fullmatch(r"(?!.*www\.)\w[\w .,+-]*", text) else _code(text)
 
 
-def _score_text(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4f}"
+def _score_text(metric: str, value: float | None) -> str:
+    return "not measured" if value is None else find_metric(metric).format_score(value, 4)

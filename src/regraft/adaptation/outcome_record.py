@@ -153,6 +153,16 @@ class OutcomeRecord:
     versions: dict[str, str]
     schema: int = SCHEMA
 
+    @property
+    def curve_is_agreement(self) -> bool:
+        """Whether the scores of the learning curve are agreement with the old model, not the task's metric."""
+        return "score" in self.notes or "cannot_know" in self.notes  # `auto` of regraft 0.1 noted the latter alone
+
+    @property
+    def has_empty_curve(self) -> bool:
+        """Whether the learning curve is empty: nothing was trained, and without labels nothing was scored."""
+        return not self.cost.steps and self.scores.dev is None
+
 
 def read_outcome_record(content: dict[str, Any], file: str) -> OutcomeRecord:
     """Read the record of an outcome.

@@ -60,11 +60,13 @@ def print_chain(bases: Sequence[str], rows: "Sequence[ChainRow]") -> None:
         task_summaries = [summary for summary in summaries if (summary.task, summary.kind) == (task, kind)]
         table = new_table(f"{task}, {kind}", ("method", "route"), columns)
         for summary in task_summaries:
+            metric = find_metric(summary.metric)
             scores = [
-                MISSING if score is None else f"{score:.3f}" + ("" if deviation is None else f" ±{deviation:.3f}")
+                MISSING
+                if score is None
+                else metric.format_score(score) + ("" if deviation is None else f" ±{metric.format_score(deviation)}")
                 for score, deviation in zip(summary.scores, summary.deviations, strict=True)
             ]
-            metric = find_metric(summary.metric)
             decay = MISSING if summary.decay is None else f"{metric.describe(summary.decay)}{metric.unit}"
             table.add_row(
                 escape(summary.method), summary.route or "", *scores, percent(summary.recoveries[-1], 0), decay

@@ -81,30 +81,32 @@ def print_comparison(comparison: "regraft.Comparison") -> None:
 
     from regraft.cli.terminal import console, new_table, print_text
     from regraft.report.wording import MISSING, percent
+    from regraft.task import find_metric
 
     rows, split = comparison.rows, comparison.split
+    metric = find_metric(comparison.metric)
     seeds = ", ".join(map(str, rows[0].seeds))
     columns = ("dev at\nstep 0", "dev\nbest", split, "reco-\nvery", "to reach\nscratch", "negative\nflips", "labels")
     table = new_table(f"{comparison.task}: {comparison.metric} on {split}, seeds {seeds}", ("method",), columns)
     for row in rows:
-        deviation = "" if row.test_deviation is None else f" ±{row.test_deviation:.3f}"
+        deviation = "" if row.test_deviation is None else f" ±{metric.format_score(row.test_deviation)}"
         steps_to_scratch = MISSING
         if row.steps_to_scratch is not None and row.seconds_to_scratch is not None:
             steps_to_scratch = f"{row.steps_to_scratch:.0f} ({row.seconds_to_scratch:.0f} s)"
         table.add_row(
             escape(row.method),
-            f"{row.start:.3f}",
-            f"{row.dev:.3f}",
-            f"{row.test:.3f}{deviation}",
+            MISSING if row.start is None else metric.format_score(row.start),
+            metric.format_score(row.dev),
+            metric.format_score(row.test) + deviation,
             percent(row.recovery, 0),
             steps_to_scratch,
             f"{100 * row.negative_flips:.1f} %",
             f"{row.labels:.0f}",
         )
     console.print(table)
+    old, chance = (metric.format_score(score) for score in (comparison.old, comparison.majority))
     print_text(
-        f"old deployment (old weights, old base) {comparison.old:.3f}, guessing {comparison.majority:.3f}; "
-        f"scratch: {rows[0].steps:.0f} steps, {rows[0].seconds:.0f} s of training. Recovery: 0 % is guessing, 100 % "
-        "scratch. To reach scratch: steps (seconds) until dev is where scratch ends. Negative flips: right in the old "
-        "deployment, wrong here."
+        f"old deployment (old weights, old base) {old}, guessing {chance}; scratch: {rows[0].steps:.0f} steps, "
+        f"{rows[0].seconds:.0f} s of training. Recovery: 0 % is guessing, 100 % scratch. To reach scratch: steps "
+        "(seconds) until dev is where scratch ends. Negative flips: right in the old deployment, wrong here."
     )

@@ -17,7 +17,10 @@ NewBase = Annotated[str, typer.Option(help="New base: a folder or a hub id@revis
 Adaptation = Annotated[Path, typer.Option(help="Adaptation: an outcome, or a folder saved by transformers or PEFT.")]
 Task = Annotated[Path, typer.Option(help="Task file (YAML).")]
 Out = Annotated[Path, typer.Option(help="Output folder. A result of the same inputs in it is left as it is.")]
-Shots = Annotated[int | None, typer.Option(help="Use only this many examples per class, of train and of dev.", min=1)]
+Shots = Annotated[
+    int | None,
+    typer.Option(help="Use only a few examples of train and of dev: this many per class in classification.", min=1),
+]
 ReportTo = Annotated[
     list[str] | None,
     typer.Option(help="Tracker to report to: tensorboard (writes to OUT-logs), trackio, wandb, …", show_default=False),

@@ -68,13 +68,22 @@ def print_outcome(outcome: "regraft.Outcome") -> None:
         outcome: The outcome of a method or of a tuning.
     """
     from regraft.cli.terminal import print_line, print_text
+    from regraft.task import find_metric
 
     record = outcome.record
     scores, notes = record.scores, record.notes
-    figures = [f"{split} {score:.4f}" for split in ("dev", "test") if (score := scores.of(split)) is not None]
+    metric = find_metric(record.task.metric)
+    figures = [
+        f"{split} {metric.format_score(score, 4)}"
+        for split in ("dev", "test")
+        if (score := scores.of(split)) is not None
+    ]
     summary = f"{record.task.metric} {', '.join(figures)}" if figures else "not scored: the task has no labels"
-    if scores.dev_at_start is not None:
-        summary += f" (dev before the first step {scores.dev_at_start:.4f}, best at step {record.best_step})"
+    if record.curve_is_agreement:
+        summary += f" (best at step {record.best_step} by agreement with the old model)"
+    elif scores.dev_at_start is not None:
+        start = metric.format_score(scores.dev_at_start, 4)
+        summary += f" (dev before the first step {start}, best at step {record.best_step})"
     print_text(f"{record.method} ({record.kind}): {summary}")
     for name in ("why", "cannot_know"):
         if isinstance(note := notes.get(name), str):

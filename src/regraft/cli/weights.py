@@ -213,6 +213,7 @@ def merge_lora(
     from regraft.adaptation import load_adaptation, read_lora_config
     from regraft.adaptation import merge_lora as merge
     from regraft.checkpoint import find_path
+    from regraft.task.types import task_types
     from regraft.vocabulary import has_tokenizer
 
     path = find_path(adaptation)
@@ -223,6 +224,8 @@ def merge_lora(
     merged_model = merge(
         checkpoints["adapter"], lora_config, checkpoints["base"], checkpoints.get("start"), adapter.labels
     )
+    task_type = task_types().get(adapter.task_type or "")
+    problem_type = {"problem_type": task_type.problem_types[0]} if task_type and task_type.problem_types[0] else {}
     write_result(
         merged_model.tensors,
         out,
@@ -231,7 +234,7 @@ def merge_lora(
         {"operation": "merge-lora"},
         shard_size,
         dry_run,
-        config=merged_model.config,
+        config={**merged_model.config, **problem_type},
         tokenizer_folder=adapter.path if has_tokenizer(adapter.path) else None,
     )
 

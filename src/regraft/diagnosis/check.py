@@ -10,7 +10,7 @@ from regraft.diagnosis.choice import ADVICE, choose
 from regraft.diagnosis.pair import load_pair
 from regraft.diagnosis.question import Question
 from regraft.progress import Progress, silent
-from regraft.task import chance_score, count_flips, score
+from regraft.task import chance_score, count_flips, find_metric, score
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -168,12 +168,13 @@ def describe(result: Check) -> SummaryLines:
     Returns:
         The label and the text of each line.
     """
+    metric = find_metric(result.metric)
     distance = f"L2 {result.l2:.2f}, {result.relative:.2%} of the norm, cosine {result.cosine:.6f}"
     return [
         (f"{result.metric} on {result.split}", f"{result.examples:,} examples of {result.task}"),
-        ("  old weights, old base", f"{result.old:.4f}"),
-        ("  old weights, new base", f"{result.new:.4f}"),
-        ("  floor (guessing)", f"{result.floor:.4f}"),
+        ("  old weights, old base", metric.format_score(result.old, 4)),
+        ("  old weights, new base", metric.format_score(result.new, 4)),
+        ("  floor (guessing)", metric.format_score(result.floor, 4)),
         ("agreement of the two", f"{result.agreement:.1%}"),
         ("negative / positive flips", f"{result.negative_flips:.1%} / {result.positive_flips:.1%}"),
         ("distance of the bases", distance),

@@ -104,7 +104,8 @@ class ModelComparison:
     Attributes:
         num_predictions: The number of predictions of each model; a text has one or more, depending on the task type.
         kl: The sum over predictions of KL(first ‖ second), in nats.
-        num_equal: The number of predictions that are the same in both models.
+        num_equal: The number of predictions of the second model that are right if those of the first model are: in
+            classification, the same.
     """
 
     def __init__(self, likelihood: Likelihood, *, all_head_pairs: bool) -> None:
@@ -134,7 +135,7 @@ class ModelComparison:
         first_outputs, second_outputs = first.outputs.cpu().double(), second.outputs.cpu().double()
         divergence = likelihood.divergence_terms(second_outputs, likelihood.signal(first_outputs))
         self.kl += max(0.0, float(divergence.sum()))
-        self.num_equal += int((likelihood.predict(first_outputs) == likelihood.predict(second_outputs)).sum())
+        self.num_equal += int(likelihood.right(second_outputs, likelihood.predict(first_outputs)).sum())
         self.num_predictions += len(first_outputs)
         self._num_tokens += int(token_mask.sum())
 

@@ -15,7 +15,7 @@ from regraft.checkpoint.record import Count
 from regraft.diagnosis.question import Question
 from regraft.errors import CheckpointError
 from regraft.model import Deployment
-from regraft.task import score
+from regraft.task import find_metric, score
 from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _point(pair: DeploymentPair, upgrade: Upgrade, deployment: Deployment, steps
     import numpy as np
 
     task = pair.data.task
-    agreement = score(task.metrics[0].name, task.as_targets(pair.old_predictions), deployment.predictions(pair.split))
+    agreement = score(task.metrics[0], task.as_targets(pair.old_predictions), deployment.predictions(pair.split))
     return CompatibilityPoint(
         name=upgrade.new.name,
         distance=upgrade.distance().l2,
@@ -111,8 +111,9 @@ def _answer(context: QuestionContext) -> tuple[CompatibilityPoint, ...] | None:
 
 
 def _describe(points: tuple[CompatibilityPoint, ...], metric: str) -> SummaryLines:
+    format_score = find_metric(metric).format_score
     return [
-        (f"on {point.name}", f"{metric} {point.score:.4f}, L2 {point.distance:.2f} from the old base")
+        (f"on {point.name}", f"{metric} {format_score(point.score, 4)}, L2 {point.distance:.2f} from the old base")
         for point in points
     ]
 

@@ -107,9 +107,9 @@ def verdict(
     else:
         advice = f"{100 * share:.0f} % of the score to expect above guessing is left: {ADVICE[choice]}."
     figures = [
-        Reason("old deployment", f"{old[0]:.3f}", f"{metric.name} of the old weights on the old base"),
-        Reason("as they are", f"{new[0]:.3f}", "the same weights on the new base, without any tuning"),
-        Reason("guessing", f"{chance:.3f}", guess),
+        Reason("old deployment", metric.format_score(old[0]), f"{metric.name} of the old weights on the old base"),
+        Reason("as they are", metric.format_score(new[0]), "the same weights on the new base, without any tuning"),
+        Reason("guessing", metric.format_score(chance), guess),
     ]
     if gain is not None:
         figures.append(_probe_reason(metric, gain))
@@ -150,7 +150,7 @@ def _reasons(context: QuestionContext) -> tuple[Reason, ...]:
     check = context.answer_to(CHECK)
     if check is not None:
         shares = (
-            ("agreement", check.agreement, "of the examples get the same prediction as before"),
+            ("agreement", check.agreement, "between the predictions before and after"),
             ("negative flips", check.negative_flips, "of the examples were right and are wrong"),
             ("distance of the bases", check.relative, "of the old base's norm"),
         )

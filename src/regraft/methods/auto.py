@@ -106,8 +106,8 @@ def find_cheapest(job: Job, options: Auto) -> Curve:
     notes = {
         "chosen": chosen["rung"],
         "why": reason,
-        "target": round(target.score, 4),
-        "old_deployment": round(target.old, 4),
+        "target": target.metric.round_score(target.score),
+        "old_deployment": target.metric.round_score(target.old),
         "probe_gain": None if target.gain is None else dataclasses.asdict(target.gain),
         "tried": [{name: value for name, value in stage.items() if name != "curve"} for stage in stages.results],
         "seconds": round(sum(stage["seconds"] for stage in stages.results), 2),
@@ -256,7 +256,9 @@ def _choose(stages: _Stages, target: Target, options: Auto) -> tuple[dict[str, A
             break
         spent_share = share
     if options.scratch and target.recovered_share(stages.best(0.0)["score"]) < SCRATCH_BELOW_SHARE:
-        stages.run_method("scratch")
+        scratch = stages.run_method("scratch")
+        if scratch and scratch["verdict"] == "passes":
+            return scratch, f"scratch passes: {target.describe(scratch)}"
         reason += "; little of the old weights survives, so scratch was tried"
     best = stages.best(target.tolerance)
     return best, f"nothing passes ({reason}): {best['rung']} is taken, {target.describe(best)}"

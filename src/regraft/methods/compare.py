@@ -134,19 +134,25 @@ def _row(outcome: Outcome, scratch: Outcome, split: str, old_right: Sequence[boo
     record = outcome.record
     curve = outcome.curve
     start = record.scores.dev_at_start
+    dev = record.scores.dev
     score = record.scores.of(split)
     chance = _chance_score(scratch, split)
     reference = scratch.record.scores.of(split)
     # scratch requires labels, so the task has them and no score is missing
-    assert start is not None and score is not None and reference is not None
+    assert dev is not None and score is not None and reference is not None
     metric = find_metric(record.task.metric)
-    target = scratch.curve[-1]["score"]
-    first_point = next((point for point in curve if metric.gain(point["score"], target) >= 0), None)
+    first_point = None
+    if record.curve_is_agreement:
+        start = None
+    else:
+        dev = max((point["score"] for point in curve), key=metric.merit)
+        target = scratch.curve[-1]["score"]
+        first_point = next((point for point in curve if metric.gain(point["score"], target) >= 0), None)
     return Row(
         method=record.method,
         seeds=(record.seed,),
         start=start,
-        dev=max((point["score"] for point in curve), key=metric.merit),
+        dev=dev,
         test=score,
         test_deviation=None,
         recovery=recovery(score, chance, reference, metric),

@@ -18,17 +18,18 @@ class Row:
     """The results of one method with one seed, or their mean over seeds.
 
     If a method's learning curve measures agreement with the old model rather than the metric, as that of `label-free`
-    does, then so do `start` and `dev`, and the steps and seconds to scratch compare its agreement with scratch's score.
+    does, it has no relation to scratch's: `start` and the steps and seconds to scratch are None, and `dev` is the dev
+    score of the final weights.
 
     Args:
         method: The name on the command line.
         seeds: The seed of the row, or all seeds that it is the mean of.
-        start: The dev score before the first step.
+        start: The dev score before the first step; None if it was not measured.
         dev: The best dev score during training.
         test: The test score; the dev score if there is no test split. Recovery and flips are on the same split.
         test_deviation: The standard deviation of `test` over seeds; None for one seed.
-        recovery: (score − chance) / (scratch's score − chance); None if scratch gains nothing over chance, or in a
-            bounded metric less than `regraft.task.MIN_HEADROOM`.
+        recovery: (score − chance) / (scratch's score − chance); None if scratch gains nothing over chance, or less
+            than `regraft.task.MIN_HEADROOM`.
         steps_to_scratch: The steps until the dev score reaches scratch's last one; None if it never does.
         seconds_to_scratch: The seconds of training until then; None if it never does.
         negative_flips: The share of examples that the old deployment predicts correctly and this method does not, 0–1.
@@ -39,7 +40,7 @@ class Row:
 
     method: str
     seeds: tuple[int, ...]
-    start: float
+    start: float | None
     dev: float
     test: float
     test_deviation: float | None

@@ -152,7 +152,8 @@ def convert(
                 lora = _extract(full, model, old, rank, energy, moments, progress)
                 preserved, excluded = lora.preserved, lora.excluded
                 target_settings = {"base_model_name_or_path": target.name, "revision": None}
-                write_adapter(staging, lora.tensors, {**lora.config, **target_settings})
+                task_settings = {"task_type": head.type.peft_task_type}
+                write_adapter(staging, lora.tensors, {**lora.config, **task_settings, **target_settings})
             elif new is not None:
                 write_graft(full, upgrade, staging, progress)
             else:

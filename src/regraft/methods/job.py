@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import (
     change_head,
-    fresh_model,
     initial_factors,
     load_adaptation,
     load_model,
@@ -17,7 +16,7 @@ from regraft.adaptation import (
 )
 from regraft.adaptation.transform import write_transform
 from regraft.model import Deployment
-from regraft.tuning import Teacher, restore_output_units, tune_model
+from regraft.tuning import Teacher, fresh_scaled_model, tune_model
 from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
@@ -79,8 +78,7 @@ class Job:
         head = self.data.head
         seed = self.recipe.seed
         config = self.adaptation.family.read_config(self.adaptation, for_new_adapter=True)
-        model = fresh_model(base, head, seed)
-        restore_output_units(model, base, self.data)
+        model = fresh_scaled_model(base, self.data, seed)
         return prepare_for_tuning(model, base, head, config, seed)
 
     def graft(self) -> None:
@@ -121,7 +119,9 @@ class Job:
             return
         old_head_folder = self.work_folder / "graft" / "old-head"
         write(old_head_folder)
-        change_head(old_head_folder, self.upgrade.new, self.data.head, self.head, self.recipe.seed, self.output_folder)
+        base = self.upgrade.new
+        initial = fresh_scaled_model(base, self.data, self.recipe.seed).state_dict()
+        change_head(old_head_folder, base, self.data.head, self.head, initial, self.output_folder)
 
     def load(self, *, trainable: bool = True) -> Any:
         """Load the adaptation in the output folder.

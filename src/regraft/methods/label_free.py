@@ -47,7 +47,8 @@ class LabelFree:
 def distil_on_texts(job: Job, model: nn.Module, options: LabelFree) -> Curve:
     """Train the new model to reproduce the old model's outputs, without any label.
 
-    The best weights are those whose class probabilities on dev are closest to the old model's. Errors that both models
+    The best weights are those whose predicted distributions on dev, such as class probabilities, are closest to the old
+    model's. A task type that standardises its targets does so by the old model's predictions. Errors that both models
     make, and improvements that the new base would allow, cannot be measured without labels.
 
     Args:
@@ -56,7 +57,7 @@ def distil_on_texts(job: Job, model: nn.Module, options: LabelFree) -> Curve:
         options: The terms of the loss, and the file of texts, if any.
 
     Returns:
-        The learning curve; its `score` is the mean overlap of the class probabilities with the old model's, 0–1.
+        The learning curve; its `score` is the mean overlap of the predicted distributions with the old model's, 0–1.
 
     Raises:
         DataError: The file of texts is missing, has no text, or has a row that cannot be read, or the task's inputs are
@@ -65,10 +66,19 @@ def distil_on_texts(job: Job, model: nn.Module, options: LabelFree) -> Curve:
     """
     if options.text:
         job = dataclasses.replace(job, data=dataclasses.replace(job.data, train=read_texts(options.text, job.data)))
+    if job.data.task.target_scaling(job.data.train.targets) is not None:
+        job = dataclasses.replace(job, data=_pseudo_labelled(job))
     job.notes["labels"] = len(job.labelled_rows)
-    job.notes["score"] = "overlap of class probabilities with the old model's on dev"
+    job.notes["score"] = "overlap of the predicted distributions with the old model's on dev"
     loss_options = Distillation(alpha=1.0, beta=options.beta, temperature=options.temperature, decay="none")
     return job.tune(model, loss_options, teacher_selects_best=True)
+
+
+def _pseudo_labelled(job: Job) -> TaskData:
+    """Return the data with the old model's predictions as the training targets, which determine the scaling."""
+    predictions = job.old_deployment().predictions(job.data.train)
+    train = dataclasses.replace(job.data.train, targets=job.data.task.as_targets(predictions))
+    return dataclasses.replace(job.data, train=train)
 
 
 def digest_text(options: LabelFree, seed: int) -> dict[str, Any]:

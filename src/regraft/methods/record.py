@@ -54,7 +54,8 @@ def record_outcome(
         base: The base that the adaptation is loaded on.
         data: The task's data.
         recipe: The resolved recipe, with steps and precision.
-        curve: The learning curve; empty if nothing was trained.
+        curve: The learning curve; empty if nothing was trained. The recorded curve then has the dev score alone, or
+            nothing without labels.
         inputs: The provenance of the outcome, by which a later run recognises the same inputs.
         method: The method's name on the command line, or `tune`.
         recycled_from: The adaptation that was carried over; None for one tuned from scratch.
@@ -88,13 +89,14 @@ def record_outcome(
         predictions += _prediction_rows(deployment, data, name, split)
         if data.labelled:
             scores |= {name: deployment.score(split), f"{name}_majority": chance_score(data, split)}
-    is_trained = bool(curve)
-    # without labels there is no score, but a curve needs one
-    curve = curve or [{"step": 0, "seconds": 0.0, "score": float(scores["dev"] or 0.0)}]
-    steps = int(curve[-1]["step"])
+    if not curve and scores["dev"] is not None:
+        curve = [{"step": 0, "seconds": 0.0, "score": scores["dev"]}]
+    steps = int(curve[-1]["step"]) if curve else 0
     merit = float if scores_agreement else data.task.scoring.merit
     labels_read = set(labelled_rows) | _trained_rows(data, recipe, steps)
     notes = dict(notes or {})
+    if scores_agreement:
+        notes.setdefault("score", "agreement with the old model on dev")
     record = OutcomeRecord(
         method=method,
         kind=adaptation.kind,
@@ -103,11 +105,11 @@ def record_outcome(
         labels=tuple(data.labels),
         seed=recipe.seed,
         recipe=dataclasses.asdict(recipe),
-        scores=Scores(**scores, dev_at_start=curve[0]["score"] if is_trained or data.labelled else None),
-        best_step=best_step(curve, merit),
+        scores=Scores(**scores, dev_at_start=curve[0]["score"] if curve else None),
+        best_step=best_step(curve, merit) if curve else 0,
         cost=Cost(
             steps=steps,
-            seconds=notes.pop("seconds", round(curve[-1]["seconds"], 2)),
+            seconds=notes.pop("seconds", round(curve[-1]["seconds"], 2) if curve else 0.0),
             labels=notes.pop("labels", len(labels_read)),
         ),
         notes=notes,

@@ -79,10 +79,10 @@ class Target:
         elif not self.weakness and high < -self.tolerance:
             verdict = "fails"
         return {
-            "score": round(score(self.metric, self.targets, predictions), 4),
-            "difference": round(difference.estimate - required_gain, 4),
-            "low": round(low, 4),
-            "high": round(high, 4),
+            "score": self.metric.round_score(score(self.metric, self.targets, predictions)),
+            "difference": self.metric.round_score(difference.estimate - required_gain),
+            "low": self.metric.round_score(low),
+            "high": self.metric.round_score(high),
             "verdict": verdict,
         }
 
@@ -100,9 +100,11 @@ class Target:
             certainty = f"dev has {self.weakness}"
         else:
             certainty = f"{100 * self.confidence:.0f} % sure: from {metric.describe(stage['low'])} up"
+        relation = "to" if metric.higher_is_better else "gained on"
+        reached, target = (metric.format_score(value) for value in (stage["score"], self.score))
         return (
-            f"{metric.name} {stage['score']:.3f} on dev, {metric.describe(stage['difference'])}{metric.unit} to the "
-            f"target of {self.score:.3f} ({certainty}; {metric.describe(self.tolerance, '.1f')} may be lost)"
+            f"{metric.name} {reached} on dev, {metric.describe(stage['difference'])}{metric.unit} {relation} the "
+            f"target of {target} ({certainty}; {metric.describe(self.tolerance, '.1f')} may be lost)"
         )
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from regraft.adaptation import (
     Outcome,
     find_outcome,
-    fresh_model,
     initial_factors,
     json_settings,
     kind_of_config,
@@ -26,7 +25,7 @@ from regraft.methods.record import record_outcome
 from regraft.progress import Progress, silent
 from regraft.recipe import best_step
 from regraft.task import load_data, weakness
-from regraft.tuning import Recipe, learning_rate, restore_output_units, tune_model
+from regraft.tuning import Recipe, fresh_scaled_model, learning_rate, tune_model
 
 if TYPE_CHECKING:
     from regraft.adaptation.kinds import Config
@@ -96,8 +95,7 @@ def tune(
         if existing:  # another process has written it since
             return existing
         staging = empty_folder(work_folder / "whole")
-        fresh = fresh_model(base, data.head, resolved.seed)
-        restore_output_units(fresh, base, data)
+        fresh = fresh_scaled_model(base, data, resolved.seed)
         model = prepare_for_tuning(fresh, base, data.head, config, resolved.seed)
         initial = initial_factors(model)
         curve = tune_model(model, base, data, resolved, work_folder, progress)

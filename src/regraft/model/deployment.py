@@ -39,7 +39,8 @@ class Deployment:
         model: The adaptation on its base, with a head for the task; it is moved to the device.
         base: The model's base, for its tokenizer.
         data: The task's data, with labels in the order of the model's outputs.
-        precision: `bf16` or `fp32`.
+        precision: `bf16` or `fp32`. A task type that scales its targets always computes in `fp32`, because bf16 rounds
+            outputs to 3 digits, in which a large mean leaves no room for differences.
         progress: Called after each batch.
     """
 
@@ -47,7 +48,7 @@ class Deployment:
         self.model = model.to(device())
         self.base = base
         self.data = data
-        self.precision = precision
+        self.precision = precision if data.task.target_scaling(data.train.targets) is None else "fp32"
         self.progress = progress
         self._examples: dict[Split, Examples] = {}
         self._outputs: dict[Split, torch.Tensor] = {}

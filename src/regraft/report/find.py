@@ -116,7 +116,9 @@ def _load_run(folder: Path, record: OutcomeRecord) -> Run:
         curve = [{name: float(value) for name, value in point.items()} for point in outcome.curve]
         predictions = read_json_lines(folder / "predictions.jsonl")
         right = {(row["split"], row["row"]): is_right(row) for row in predictions}
-        if not curve or any("step" not in point or "score" not in point for point in curve):
+        if (not curve and not record.has_empty_curve) or any(
+            "step" not in point or "score" not in point for point in curve
+        ):
             raise ValueError("the learning curve has no step and score")
     except (CheckpointError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise OutcomeError(

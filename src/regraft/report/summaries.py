@@ -26,20 +26,22 @@ class MethodSummary:
     Args:
         method: The method's name.
         seeds: The seeds of the runs.
-        start: The dev score before the first step; None without labels.
-        best_dev: The best dev score during training; None without labels.
+        start: The dev score before the first step; None if it was not measured.
+        best_dev: The best dev score during training, or the last if the learning curve is agreement with the old model;
+            None without labels.
         score: The final weights' score on the setting's split; None without labels.
         deviation: The sample standard deviation of `score` over seeds; None for one seed or if a score is missing.
         recovery: (score − chance) / (scratch's score − chance); None without scratch, or if scratch gains too little
             over chance.
         steps_to_scratch: The number of steps until the dev score first reaches scratch's last dev score; None without
-            scratch, or if the dev score does not reach it for some seed.
+            scratch, or if the learning curve does not show that it reaches it for every seed.
         negative_flips: The share of examples for which the old deployment is right and the method wrong; None if
             neither the predictions nor a comparison among the inputs give it.
         labels: The number of labelled training examples used.
         steps: The number of optimiser steps.
         seconds: The training time in seconds, or the time of the whole method if it does not train.
-        curve: The learning curve: steps and mean dev score; empty if only a comparison is known.
+        curve: The learning curve: steps and mean dev score; empty if only a comparison is known, or if the curve is
+            agreement with the old model.
     """
 
     method: str
@@ -169,13 +171,13 @@ def _run_figures(run: Run, scratch: Run | None, old: Run | None, split: str) -> 
             share = recovery(score, chance, reference, metric)
         scratch_dev = scratch.curve[-1]["score"]
         steps_to_scratch = next(
-            (point["step"] for point in run.curve if metric.gain(point["score"], scratch_dev) >= 0), None
+            (point["step"] for point in _scored_curve(run) if metric.gain(point["score"], scratch_dev) >= 0), None
         )
-    best_dev = None
-    if scores.dev is not None:
+    best_dev = scores.dev
+    if scores.dev is not None and not run.record.curve_is_agreement:
         best_dev = max((point["score"] for point in run.curve), key=metric.merit)
     return {
-        "start": scores.dev_at_start,
+        "start": None if run.record.curve_is_agreement else scores.dev_at_start,
         "best_dev": best_dev,
         "score": score,
         "recovery": share,
@@ -185,6 +187,11 @@ def _run_figures(run: Run, scratch: Run | None, old: Run | None, split: str) -> 
         "steps": cost.steps,
         "seconds": cost.seconds,
     }
+
+
+def _scored_curve(run: Run) -> list[dict[str, float]]:
+    """Return the learning curve; empty if its scores are agreement, which has no relation to the metric."""
+    return [] if run.record.curve_is_agreement else run.curve
 
 
 def _find_comparison(run: Run, comparisons: Mapping[Path, Comparison]) -> Comparison | None:
@@ -221,7 +228,7 @@ def _negative_flips(old: Run, new: Run, split: str) -> float | None:
 
 def _mean_curve(runs: list[Run]) -> tuple[tuple[float, float], ...]:
     """Average learning curves over the steps that all of them have."""
-    curves = [{point["step"]: point["score"] for point in run.curve} for run in runs]
+    curves = [{point["step"]: point["score"] for point in _scored_curve(run)} for run in runs]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     return tuple((step, statistics.fmean(curve[step] for curve in curves)) for step in steps)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from regraft.task import Metric
     from regraft.task.types.view import Cell, Column
 
 MISSING = "–"
@@ -29,6 +30,31 @@ def number(value: float | None, digits: int = 3) -> str:
     if not math.isfinite(value):
         return "not finite"
     return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")  # adding 0.0 turns −0 into 0
+
+
+def score_text(value: float | None, metric: Metric) -> str:
+    """Format a score.
+
+    Args:
+        value: The score; None if it is missing.
+        metric: The metric of the score.
+
+    Returns:
+        The score as `number` formats it, or as in 12,345 if the metric is not bounded.
+    """
+    if value is None or metric.is_bounded or not math.isfinite(value):
+        return number(value)
+    return metric.format_score(value).replace("-", "−")
+
+
+def score_axis_label(metric: Metric, split: str) -> str:
+    """Return the label of a score's axis, which says so if lower is better.
+
+    Args:
+        metric: The metric of the score.
+        split: The split that is scored.
+    """
+    return f"{metric.name} on {split}" + ("" if metric.higher_is_better else ", lower is better")
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 Score = TypeVar("Score", float, "Floats")
 
 MIN_HEADROOM = 0.03
-"""By a bounded metric, the least gain of a reference over chance for which recovery is computed: a share of less is
-mostly noise."""
+"""The least gain of a reference over chance for which recovery is computed, relative to the chance score if the metric
+is not bounded: a share of less is mostly noise."""
+MIN_WITHOUT_EXPONENT = 1e-4
+"""The least absolute number that is formatted without an exponent, as in Python's own format `g`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +92,40 @@ class Metric:
         """
         if self.is_bounded:
             return format(100 * difference, form)
-        sign = form[: form.index(".")]
-        return format(difference, f"{sign}.3g")
+        return _format_significant(difference, 3, "+" if form.startswith("+") else "")
+
+    def format_score(self, score: float, decimals: int = 3) -> str:
+        """Format a score.
+
+        Args:
+            score: The score.
+            decimals: The number of decimals if the metric is bounded; other scores have four significant digits.
+
+        Returns:
+            The number as in 0.912, or 12,345 if the metric is not bounded.
+        """
+        return f"{score:.{decimals}f}" if self.is_bounded else _format_significant(score, 4)
+
+    def round_score(self, score: float) -> float:
+        """Round a score or a difference for a record: to four decimals, or to six digits if the metric is not bounded.
+
+        Args:
+            score: The score, or a difference of scores.
+        """
+        return round(score, 4) if self.is_bounded else float(f"{score:.6g}")
 
     @property
     def unit(self) -> str:
         """The unit of the numbers that `describe` returns, with a leading space; empty if they have none."""
         return " points" if self.is_bounded else ""
+
+
+def _format_significant(value: float, digits: int, sign: str = "") -> str:
+    """Format a number with significant digits, all digits before the point, and an exponent if it is tiny."""
+    if not math.isfinite(value) or 0 < abs(value) < MIN_WITHOUT_EXPONENT:
+        return format(value, f"{sign}.{digits}g")
+    integer_digits = math.floor(math.log10(abs(value))) + 1 if value else 1
+    return format(value, f"{sign},.{max(0, digits - integer_digits)}f")
 
 
 def sum_metric(
@@ -144,14 +173,14 @@ def recovery(value: float, chance: float, reference: float, metric: Metric | Non
         metric: The metric of the scores; None for a bounded metric of which higher is better.
 
     Returns:
-        The share, which may be below 0 or above 1; None if the reference gains nothing or, by a bounded
-        metric, less than `MIN_HEADROOM`.
+        The share, which may be below 0 or above 1; None if the reference gains nothing or
+        less than `MIN_HEADROOM`.
     """
     gain = reference - chance
     headroom = MIN_HEADROOM
     if metric is not None:
         gain = metric.gain(reference, chance)
-        headroom = metric.share_to_difference(MIN_HEADROOM, chance, reference)
+        headroom = MIN_HEADROOM if metric.is_bounded else MIN_HEADROOM * abs(chance)
     is_sufficient = gain >= headroom and gain > 0  # False if the reference or chance is NaN
     return (value - chance) / (reference - chance) if is_sufficient else None
 

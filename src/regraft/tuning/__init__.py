@@ -9,7 +9,7 @@ from regraft.tuning.order import plan_order
 from regraft.tuning.pretrain import Replay, pretrain, pretrain_chain
 from regraft.tuning.tracking import tracking
 from regraft.tuning.tune import LEARNING_RATES, Teacher, learning_rate, tune_model
-from regraft.tuning.units import restore_output_units
+from regraft.tuning.units import fresh_scaled_model
 
 __all__ = [
     "LEARNING_RATES",
@@ -21,11 +21,11 @@ __all__ = [
     "Replay",
     "Teacher",
     "distillation_loss",
+    "fresh_scaled_model",
     "learning_rate",
     "plan_order",
     "pretrain",
     "pretrain_chain",
-    "restore_output_units",
     "tracking",
     "tune_model",
 ]

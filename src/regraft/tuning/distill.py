@@ -47,7 +47,8 @@ class Distillation:
         alpha: The weight of the teacher's outputs, from 0 to 1; the weight of the targets is 1 − alpha.
         beta: The weight of half the mean squared error between the student's and the teacher's hidden states; 0 for
             none.
-        temperature: The temperature that softens both models' outputs, above 0 and up to 10,000.
+        temperature: The temperature that softens both models' outputs, above 0 and up to 10,000; the outputs of a
+            regression, which are means, are not softened.
         kl_reduction: `batchmean` sums the divergence over classes and averages it over the batch, as is usual; `mean`
             averages over both, as the paper's reference implementation does.
         flip_weight: Against negative flips, the teacher's terms weigh 1 + flip_weight on rows that the teacher

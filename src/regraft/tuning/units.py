@@ -6,7 +6,11 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import label_tensor_names
+from regraft.adaptation import fresh_model, label_tensor_names
+from regraft.errors import MismatchError
+from regraft.model.batches import predict
+from regraft.model.device import device
+from regraft.model.examples import encode
 from regraft.model.outputs import unwrap_parallel
 
 if TYPE_CHECKING:
@@ -20,6 +24,13 @@ if TYPE_CHECKING:
 
 _PEFT_NAME_PARTS = re.compile(r"^base_model\.model\.|modules_to_save\.\w+\.")
 """The parts that PEFT adds to the names of a model's heads."""
+MAX_MEAN_EXAMPLES = 256
+"""The most training texts on which an output layer without a bias is fitted to the targets' mean."""
+MEAN_RIDGE = 0.01
+"""The penalty of that fit, relative to the mean square of the features: small, since the fit must be close."""
+MAX_MEAN_ERROR = 5.0
+"""The largest error of that fit, in deviations of the targets, from which a training starts. Arbitrary: from a larger
+one, little but the mean would be learnt."""
 
 
 @contextlib.contextmanager
@@ -27,9 +38,9 @@ def standardised_outputs(model: nn.Module, base: Base, data: TaskData) -> Iterat
     """Standardise a model's output layers inside the context, without a change of its outputs.
 
     The targets' mean is subtracted from the layers' biases, and weights and biases are divided by the targets' scale.
-    Hooks convert the layers' outputs back, so the model's predictions stay, while an optimiser's steps are as large,
-    relative to the outputs, as with targets of unit scale. After the context, the weights and biases are in the units
-    of the targets again.
+    A layer without a bias is only divided by the scale. Hooks convert the layers' outputs back, in float32, so the
+    model's predictions stay, while an optimiser's steps are as large, relative to the outputs, as with targets of unit
+    scale. After the context, the weights and biases are in the units of the targets again.
 
     Args:
         model: A model with a head for the task, with or without an adapter.
@@ -45,7 +56,7 @@ def standardised_outputs(model: nn.Module, base: Base, data: TaskData) -> Iterat
     standardise_outputs(model, base, data)
 
     def rescale(layer: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output * scale + (mean if layer.bias is not None else 0)
+        return output.float() * scale + (mean if layer.bias is not None else 0)  # bf16 would round a large mean
 
     handles = [layer.register_forward_hook(rescale) for layer in layers]
     try:
@@ -77,6 +88,65 @@ def restore_output_units(model: nn.Module, base: Base, data: TaskData) -> None:
         data: The task's data; if the task type does not scale its targets, nothing changes.
     """
     _transform_output_layers(model, base, data, lambda tensor, mean, scale: tensor * scale + mean)
+
+
+def fresh_scaled_model(base: Base, data: TaskData, seed: int) -> Any:
+    """Build a base with a fresh head whose outputs have the mean and the scale of the targets.
+
+    Args:
+        base: The base.
+        data: The task's data; if the task type does not scale its targets, the head is as `fresh_model` builds it.
+        seed: The seed of the head's initialisation.
+
+    Returns:
+        The model, in float32 on the CPU.
+
+    Raises:
+        CheckpointError: A tensor of the base is missing, unexpected or misshapen.
+        MismatchError: The head has no bias, and the mean of the targets is too far from 0 to be learnt without.
+    """
+    model = fresh_model(base, data.head, seed)
+    scaling = data.task.target_scaling(data.train.targets)
+    if scaling is None:
+        return model
+    restore_output_units(model, base, data)
+    unbiased_layers = [layer for layer in _output_layers(model, base, data) if layer.bias is None]
+    if unbiased_layers:
+        model.to(device())
+        for layer in unbiased_layers:
+            _fit_mean(model, layer, base, data, *scaling)
+    return model.cpu()
+
+
+def _fit_mean(model: nn.Module, layer: nn.Linear, base: Base, data: TaskData, mean: float, scale: float) -> None:
+    """Add weights whose outputs are close to the mean on the training texts: a substitute for a bias, by regression."""
+    import torch
+
+    inputs: list[torch.Tensor] = []
+
+    def collect(_layer: nn.Module, args: Any) -> None:
+        states = args[0].double()
+        inputs.append(states[:, 0] if states.ndim == 3 else states)  # all tokens of a text have the state of its row
+
+    sample = data.train.take(range(min(MAX_MEAN_EXAMPLES, len(data.train))))
+    handle = layer.register_forward_pre_hook(collect)
+    try:
+        predict(model, encode(base, data, sample), "fp32")
+    finally:
+        handle.remove()
+    features = torch.cat(inputs)
+    moment = features.T @ features / len(features)
+    penalty = MEAN_RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    weights = mean * torch.linalg.solve(moment + penalty, features.mean(dim=0))
+    error = float((features @ weights - mean).square().mean().sqrt())
+    if error > MAX_MEAN_ERROR * scale:
+        raise MismatchError(
+            f"{data.train.source}: the targets are around {mean:.6g} with a deviation of {scale:.3g}, but the head of "
+            f"a {base.config.model_type} has no bias, without which such a mean is hardly learnt. Subtract {mean:.0f} "
+            "from all targets."
+        )
+    with torch.no_grad():
+        layer.weight += weights.to(layer.weight)
 
 
 def _transform_output_layers(

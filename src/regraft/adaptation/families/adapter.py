@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from regraft.adaptation.adaptation import Family, GraftedAdaptation
 from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_adapter
 from regraft.adaptation.fresh import fresh_poolers, load_with_fresh_head
+from regraft.adaptation.labels import check_num_outputs
 from regraft.adaptation.layout import OBSOLETE_SETTINGS, adapter_name_hint
 from regraft.adaptation.lora import PEFT_PREFIX, PROMPT_PREFIX, name_without_prefix
 from regraft.adaptation.patterns import check_patterns
@@ -108,6 +109,7 @@ class Adapter(Family):
         """Load the adapter onto its base, and check that every tensor was loaded."""
         self.check_settings(adaptation, base, head)
         model, fresh_names = load_with_fresh_head(base, head, seed=0)
+        _check_head_rows(adaptation, model, base, head)
         adapted, loaded, stored = self.load_adapter(model, adaptation, head, trainable=trainable)
         _check_loaded(adaptation, base, head, fresh_names, loaded, stored)
         return adapted
@@ -283,6 +285,19 @@ def _check_pooler(adaptation: Adaptation, upgrade: Upgrade) -> None:
             f"pre-training left it out. Add it to the new base: regraft weights graft --old-base {old.path} "
             f"--new-base {new.path} --adaptation {old.path} --out FOLDER."
         )
+
+
+def _check_head_rows(adaptation: Adaptation, model: Any, base: Base, head: Head) -> None:
+    """Check that the stored output layers have a row per output of the task's head."""
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(base.prefix + ".") and tensor.shape[:1] == (head.num_outputs,)
+    }
+    for name, stored_tensor in adaptation.checkpoint.tensors.items():
+        shape = shapes.get(name_without_prefix(name))
+        if shape and stored_tensor.shape[:1] and tuple(stored_tensor.shape[1:]) == shape[1:]:
+            check_num_outputs(adaptation, stored_tensor.shape[0], head)
 
 
 def _check_loaded(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import Family, GraftedAdaptation
 from regraft.adaptation.compatibility import check_body, check_computation, check_unplaced_tensors, read_tuned_config
+from regraft.adaptation.labels import check_num_outputs
 from regraft.adaptation.strict import load_strictly
 from regraft.adaptation.tokens import match_token_rows
 from regraft.adaptation.vector import Vector
@@ -47,15 +48,8 @@ class Full(Family):
 
     def matching_task_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
         """Return the task types with the model's transformers class and `problem_type`."""
-        names = config.get("architectures")
-        if not isinstance(names, list) or not names:
-            return []
-        return [
-            task_type
-            for task_type in task_types().values()
-            if config.get("problem_type") in task_type.problem_types
-            and all(task_type.auto_class.removeprefix("AutoModelFor") in str(name) for name in names)
-        ]
+        problem_type = _problem_type(config)
+        return [task_type for task_type in _types_of_class(config) if problem_type in task_type.problem_types]
 
     def read_config(self, adaptation: Adaptation, *, for_new_adapter: bool = False) -> None:
         """Return None: a full fine-tune has no adapter."""
@@ -74,12 +68,7 @@ class Full(Family):
         check_body(adaptation, base)
         check_unplaced_tensors(adaptation, base)
         _check_tokens(adaptation, model, base)
-        if model.config.num_labels != head.num_outputs:
-            labels = f" ({', '.join(adaptation.labels)})" if adaptation.labels else ""
-            raise MismatchError(
-                f"{adaptation.path}: its head has {model.config.num_labels} outputs{labels}, the task has {head}. Use "
-                "the task it was tuned on."
-            )
+        check_num_outputs(adaptation, model.config.num_labels, head)
         return model
 
     def save(self, model: Any, base: Base, folder: Path, initial_factors: Tensors) -> None:
@@ -262,23 +251,64 @@ def check_classifier(folder: Path, config: dict[str, Any]) -> None:
         config: The content of its `config.json`.
 
     Raises:
-        CheckpointError: No task type has its class and its `problem_type`.
+        CheckpointError: No task type has its class and its `problem_type`, or it is a cross-encoder whose scores are a
+            function of its outputs that transformers does not compute.
     """
+    _check_activation(folder, config)
     if Full().matching_task_types(config):
         return
-    if Full().matching_task_types({**config, "problem_type": None}):
+    if _types_of_class(config):
         problem_types = {
             problem_type for task_type in task_types().values() for problem_type in task_type.problem_types
         }
         supported = {str(problem_type) for problem_type in problem_types if problem_type}
         raise CheckpointError(
-            f"{folder}: was tuned for {config['problem_type']!r:.100}; supported are {' or '.join(sorted(supported))}. "
+            f"{folder}: was tuned for {_problem_type(config)!r:.100}; supported are {' or '.join(sorted(supported))}. "
             "Tune it again for one of them."
         )
     raise CheckpointError(
         f"{folder}: is not a sequence classifier (its config.json names {config.get('architectures')}). Use the "
         "folder of a tuned model."
     )
+
+
+def _types_of_class(config: Mapping[str, Any]) -> list[type[Task]]:
+    """Return the task types whose transformers class a config names, whatever its `problem_type`."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names:
+        return []
+    return [
+        task_type
+        for task_type in task_types().values()
+        if all(task_type.auto_class.removeprefix("AutoModelFor") in str(name) for name in names)
+    ]
+
+
+def _problem_type(config: Mapping[str, Any]) -> Any:
+    """Return the `problem_type` of a config; of a sequence classifier with one output, transformers' default."""
+    problem_type = config.get("problem_type")
+    is_sequence_classifier = any("SequenceClassification" in str(name) for name in config.get("architectures") or ())
+    if problem_type is None and is_sequence_classifier and _has_one_output(config):
+        return "regression"  # as in transformers' loss of sequence classifiers
+    return problem_type
+
+
+def _has_one_output(config: Mapping[str, Any]) -> bool:
+    names = config.get("id2label")
+    return isinstance(names, dict) and names.keys() == {"0"}
+
+
+def _check_activation(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a cross-encoder of sentence-transformers that applies a function to its one output."""
+    settings = config.get("sentence_transformers")
+    activation = settings.get("activation_fn") if isinstance(settings, dict) else None
+    activation = str(activation or config.get("sbert_ce_default_activation_function") or "Identity").rpartition(".")[2]
+    if activation != "Identity" and _has_one_output(config):
+        raise CheckpointError(
+            f"{folder}: is a cross-encoder of sentence-transformers whose score is the {activation} of its output, but "
+            "transformers, and so regraft, has the output itself as the prediction. Use a cross-encoder trained with "
+            "activation_fn=torch.nn.Identity(), or a classifier with two outputs."
+        )
 
 
 def _add_transformed(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, name: str, rule: Rule) -> torch.Tensor:

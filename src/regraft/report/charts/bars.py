@@ -15,7 +15,8 @@ from regraft.report.charts.style import (
     cap_score_axis,
     new_figure,
 )
-from regraft.report.wording import number, shorten
+from regraft.report.wording import number, score_axis_label, score_text, shorten
+from regraft.task import find_metric
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from regraft.report.summaries import Setting
+    from regraft.task import Metric
 
 
 def draw_method_scores(setting: Setting) -> Figure:
     """Draw the score of each method with its deviation.
 
-    The chance score and the old deployment's score are lines, unless they are at least as far below the lowest score as
-    that is below the highest.
+    The chance score and the old deployment's score are lines, unless they are at least as much worse than the worst
+    score as that is worse than the best.
 
     Args:
         setting: The summaries of the methods, at least one of them with a score.
@@ -40,27 +42,29 @@ def draw_method_scores(setting: Setting) -> Figure:
     """
     scores = {summary.method: summary.score for summary in setting.summaries if summary.score is not None}
     deviations = {summary.method: summary.deviation or 0.0 for summary in setting.summaries}
+    metric = find_metric(setting.metric)
     figure = new_figure(MIDDLE, 1.2 + 0.27 * len(scores))
     axes = figure.add_subplot()
     for y, (method, score) in enumerate(scores.items()):
-        _draw_method(axes, y, method, score, deviations[method])
-    low = min(scores.values())
-    high = max(scores.values())
+        _draw_method(axes, y, method, score, deviations[method], metric)
+    merits = [metric.merit(score) for score in scores.values()]
+    low, high = min(merits), max(merits)
     levels = ((setting.chance, "guessing", (0, (1, 2))), (setting.old_score, "old deployment", (0, (5, 2))))
     for level, name, dashes in levels:
-        if level is not None and low - level < high - low:  # a level far below would squeeze the methods together
-            axes.axvline(level, color=SOFT, linewidth=1.1, linestyle=dashes, label=f"{name} {number(level)}")
+        if level is not None and low - metric.merit(level) < high - low:  # one far away would squeeze the methods
+            label = f"{name} {score_text(level, metric)}"
+            axes.axvline(level, color=SOFT, linewidth=1.1, linestyle=dashes, label=label)
     axes.set_yticks(range(len(scores)), [shorten(method, 28) for method in scores], color=INK)
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.6 / max(1, len(scores)))
-    cap_score_axis(axes, "x")
+    cap_score_axis(axes, metric, "x")
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"{setting.metric} on {setting.split}")
+    axes.set_xlabel(score_axis_label(metric, setting.split))
     add_legend(axes)
     return figure
 
 
-def _draw_method(axes: Axes, y: int, method: str, score: float, deviation: float) -> None:
+def _draw_method(axes: Axes, y: int, method: str, score: float, deviation: float, metric: Metric) -> None:
     """Draw the score of one method with its deviation and its value."""
     is_scratch = method == "scratch"
     axes.errorbar(
@@ -74,7 +78,7 @@ def _draw_method(axes: Axes, y: int, method: str, score: float, deviation: float
         linewidth=1.4,
     )
     axes.annotate(
-        number(score),
+        score_text(score, metric),
         (score + deviation, y),
         xytext=(8, 0),
         textcoords="offset points",

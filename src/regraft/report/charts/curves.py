@@ -20,7 +20,8 @@ from regraft.report.charts.style import (
     cap_score_axis,
     new_figure,
 )
-from regraft.report.wording import base_name, finite_values, number, shorten
+from regraft.report.wording import base_name, finite_values, number, score_axis_label, score_text, shorten
+from regraft.task import find_metric
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from regraft.diagnosis import CompatibilityPoint
+    from regraft.task import Metric
     from regraft.task.types import Scatter
 
 
@@ -50,28 +52,29 @@ def draw_learning_curves(
     for index, (method, curve) in enumerate(curves.items()):
         steps, scores = zip(*curve, strict=True)
         axes.plot(steps, scores, label=shorten(method, 28), **_line_style(index))
+    score_metric = find_metric(metric)
     if scratch_dev is not None:
-        label = f"scratch ends at {number(scratch_dev)}"
+        label = f"scratch ends at {score_text(scratch_dev, score_metric)}"
         axes.axhline(scratch_dev, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1, label=label)
     axes.set_xlabel("optimiser steps")
-    axes.set_ylabel(f"{metric} on dev")
+    axes.set_ylabel(score_axis_label(score_metric, "dev"))
     axes.margins(y=0.12)
-    cap_score_axis(axes)
+    cap_score_axis(axes, score_metric)
     add_legend(axes, min(4, len(curves) + 1))
     return figure
 
 
 def draw_segment(
-    mu: Sequence[float], curves: Mapping[str, Sequence[float]], label: str, ends: Sequence[str], *, barrier: bool
+    mu: Sequence[float], curves: Mapping[str, Sequence[float]], measure: str | Metric, ends: Sequence[str]
 ) -> Figure:
     """Draw loss or score along the straight line between two models.
 
     Args:
         mu: The points on the line, from 0 to 1.
         curves: The loss or score at each point, by split.
-        label: The name of the loss or score.
+        measure: The metric of a score; or the name of a loss, whose largest excess over the line between the end values
+            is then marked.
         ends: The names of the models at 0 and 1.
-        barrier: Whether to mark the largest excess over the line between the end values.
 
     Returns:
         The figure, one line per split.
@@ -79,16 +82,16 @@ def draw_segment(
     figure = new_figure(height=3.15)
     axes = figure.add_subplot()
     for index, (split, curve) in enumerate(curves.items()):
-        if barrier:
+        if isinstance(measure, str):
             _draw_barrier(axes, mu, curve, split, index)
         else:
             axes.plot(mu, curve, label=split, **_line_style(index))
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_xlabel(f"μ   (0 = {shorten(ends[0], 20)}, 1 = {shorten(ends[1], 20)})")
-    axes.set_ylabel(label)
+    axes.set_ylabel(measure if isinstance(measure, str) else measure.name)
     axes.margins(y=0.16)
-    if not barrier:
-        cap_score_axis(axes)
+    if not isinstance(measure, str):
+        cap_score_axis(axes, measure)
     add_legend(axes)
     return figure
 
@@ -107,7 +110,7 @@ def _draw_barrier(axes: Axes, mu: Sequence[float], curve: Sequence[float], split
 
 
 def draw_compatibility(points: Sequence[CompatibilityPoint], metric: str, chance: float) -> Figure:
-    """Draw the score and agreement of the old adaptation on checkpoints of continual pre-training.
+    """Draw the score and, if the metric is bounded, the agreement of the old adaptation on checkpoints of its base.
 
     Args:
         points: The old base, then the checkpoints of a diagnosis, in order of pre-training.
@@ -123,7 +126,10 @@ def draw_compatibility(points: Sequence[CompatibilityPoint], metric: str, chance
     has_steps = len(steps) == len(points)
     x = steps if has_steps else list(range(len(points)))
     axes.plot(x, [point.score for point in points], label=f"{metric} of the old weights", **_line_style(0))
-    axes.plot(x, [point.agreement for point in points], label="agreement with the old deployment", **_line_style(1))
+    score_metric = find_metric(metric)
+    if score_metric.is_bounded:  # else the two have no common scale
+        agreement = [point.agreement for point in points]
+        axes.plot(x, agreement, label="agreement with the old deployment", **_line_style(1))
     axes.axhline(chance, color=SOFT, linewidth=1, linestyle=(0, (1, 2)), label="guessing")
     if has_steps:
         axes.set_xlabel("pre-training steps since the old base")
@@ -133,7 +139,7 @@ def draw_compatibility(points: Sequence[CompatibilityPoint], metric: str, chance
         axes.set_xlabel("checkpoint")
     axes.set_ylabel("share of examples" if metric == "accuracy" else metric)
     axes.margins(y=0.12)
-    cap_score_axis(axes)
+    cap_score_axis(axes, score_metric)
     add_legend(axes, 3)
     return figure
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from regraft.task import Metric
+
 # Okabe & Ito (2008), jfly.uni-koeln.de/color
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 INK, SOFT, LINE, PAPER = "#1b1f24", "#5b636d", "#dfe2e6", "#fefefe"
@@ -101,15 +103,16 @@ def new_figure(
     return Figure(figsize=(width, height), layout=layout)
 
 
-def cap_score_axis(axes: Axes, axis: Literal["x", "y"] = "y") -> None:
-    """End the axis of a score just above 1, if it would go further.
+def cap_score_axis(axes: Axes, metric: Metric, axis: Literal["x", "y"] = "y") -> None:
+    """End the axis of a score just above 1, if it would go further and no score can.
 
     Args:
         axes: The chart's axes.
+        metric: The metric of the score.
         axis: The axis of the score.
     """
     low, high = getattr(axes, f"get_{axis}lim")()
-    if high > 1 > low:
+    if metric.is_bounded and high > 1 > low:
         getattr(axes, f"set_{axis}lim")(low, 1 + 0.02 * (1 - low))
 
 

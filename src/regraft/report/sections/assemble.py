@@ -12,7 +12,8 @@ from regraft.report.sections import methods
 from regraft.report.sections.provenance import provenance_sections
 from regraft.report.sections.summary import outcome_card, verdict_card
 from regraft.report.summaries import Setting, settings_by_task
-from regraft.report.wording import base_name, number
+from regraft.report.wording import base_name, score_text
+from regraft.task import find_metric
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,6 +83,7 @@ def _subtitle(settings: list[Setting], diagnosis: Diagnosis | None) -> str:
         check = diagnosis.check
         bases = f"{base_name(diagnosis.old_base)} → {base_name(diagnosis.new_base)}"
         examples = f"{check.examples:,} examples of {check.split}"
-        return f"{bases} · {diagnosis.kind} · {examples} · {diagnosis.metric} {number(check.old)} before"
+        score = score_text(check.old, find_metric(diagnosis.metric))
+        return f"{bases} · {diagnosis.kind} · {examples} · {diagnosis.metric} {score} before"
     num_methods = sum(len(setting.summaries) for setting in settings)
     return f"{settings[0].metric} on {settings[0].split} · {num_methods} method{'' if num_methods == 1 else 's'}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from regraft.report.page import Facts, Section
-from regraft.report.wording import join_words, number, percent
+from regraft.report.wording import join_words, percent, score_text
+from regraft.task import find_metric
 
 if TYPE_CHECKING:
     from regraft.diagnosis import Check, Diagnosis
@@ -24,14 +25,15 @@ def show(check: Check, diagnosis: Diagnosis, prefix: str) -> list[Section]:
     Returns:
         A single section.
     """
+    metric = find_metric(check.metric)
     facts = (
-        ("before", number(check.old), f"{check.metric} of the old weights on the old base"),
-        ("after", number(check.new), "the same weights on the new base, as they are"),
-        ("guessing", number(check.floor), f"always {check.guess}"),
+        ("before", score_text(check.old, metric), f"{check.metric} of the old weights on the old base"),
+        ("after", score_text(check.new, metric), "the same weights on the new base, as they are"),
+        ("guessing", score_text(check.floor, metric), f"always {check.guess}"),
         ("survives", percent(check.retained, 0), "of the score above guessing"),
         ("negative flips", percent(check.negative_flips), "right before, wrong after"),
         ("positive flips", percent(check.positive_flips), "wrong before, right after"),
-        ("agreement", percent(check.agreement), "examples with the same prediction"),
+        ("agreement", percent(check.agreement), "between the predictions before and after"),
         ("effect", percent(check.effect), "how much the adaptation changes what the head reads"),
         ("lineage", check.lineage, "whether the adaptation records this old base"),
     )

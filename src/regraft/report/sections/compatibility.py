@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from regraft.report.charts import draw_compatibility
 from regraft.report.page import Chart, Charts, Section, Table
-from regraft.report.wording import base_name, integer, number, percent
+from regraft.report.wording import base_name, integer, number, percent, score_text
+from regraft.task import find_metric
 
 if TYPE_CHECKING:
     from regraft.diagnosis import CompatibilityPoint, Diagnosis
@@ -27,26 +28,27 @@ def show(points: tuple[CompatibilityPoint, ...], diagnosis: Diagnosis, prefix: s
     """
     first = points[0]
     last = points[-1]
-    metric = diagnosis.metric
+    metric = find_metric(diagnosis.metric)
+    first_score, last_score = (score_text(point.score, metric) for point in (first, last))
     finding = (
-        f"Over {len(points)} checkpoints the {metric} of the old weights goes from {number(first.score)} "
-        f"({base_name(first.name)}) to {number(last.score)} ({base_name(last.name)}), with "
-        f"{percent(last.agreement)} of predictions unchanged at the end."
+        f"Over {len(points)} checkpoints the {metric.name} of the old weights goes from {first_score} "
+        f"({base_name(first.name)}) to {last_score} ({base_name(last.name)}), "
+        f"with an agreement of {percent(last.agreement)} with the old deployment at the end."
     )
-    columns = ("checkpoint", "steps", "distance from the old base", metric, "loss", "agreement")
+    columns = ("checkpoint", "steps", "distance from the old base", metric.name, "loss", "agreement")
     rows = tuple(
         (
             point.name,
             integer(point.steps),
             number(point.distance, 2),
-            number(point.score),
+            score_text(point.score, metric),
             number(point.loss),
             percent(point.agreement),
         )
         for point in points
     )
     title = "Old weights on later checkpoints"
-    figure = draw_compatibility(points, metric, diagnosis.check.floor)
+    figure = draw_compatibility(points, metric.name, diagnosis.check.floor)
     chart = Chart(f"{prefix}-compatibility", title, finding, figure, Table(title, columns, rows), wide=True)
     lead = "How well the old weights, without any tuning, work on later and later checkpoints of the base."
     return [Section("compatibility", "Compatibility over checkpoints", lead, (Charts((chart,)),))]

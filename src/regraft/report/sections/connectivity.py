@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 from regraft.report.charts import draw_segment
 from regraft.report.page import Chart, Charts, Section, Table
-from regraft.report.wording import join_words, number
+from regraft.report.wording import join_words, number, score_text
+from regraft.task import find_metric
 
 if TYPE_CHECKING:
     from regraft.diagnosis import Diagnosis, Segment
+    from regraft.task import Metric
 
 ORDER = 30
 
@@ -30,7 +32,7 @@ def show(segment: Segment, diagnosis: Diagnosis, prefix: str) -> list[Section]:
     barriers = join_words(f"{number(height)} on {split}" for split, height in segment.barrier.items())
     charts = [_loss_chart(segment, barriers, prefix)]
     if segment.score:
-        charts.append(_score_chart(segment, diagnosis.metric, prefix))
+        charts.append(_score_chart(segment, find_metric(diagnosis.metric), prefix))
     first, second = segment.ends
     verdict = "are linearly connected" if segment.connected else "are not linearly connected"
     lead = (
@@ -42,7 +44,7 @@ def show(segment: Segment, diagnosis: Diagnosis, prefix: str) -> list[Section]:
 
 def _loss_chart(segment: Segment, barriers: str, prefix: str) -> Chart:
     """Draw the loss along the segment; `barriers` says the barrier of each split in words."""
-    measure = "cross-entropy loss"
+    measure = "loss (nats)"
     courses = join_words(
         f"on {split} goes from {number(losses[0])} to {number(losses[-1])}, at most {number(max(losses))}"
         for split, losses in segment.loss.items()
@@ -53,22 +55,24 @@ def _loss_chart(segment: Segment, barriers: str, prefix: str) -> Chart:
         name=f"{prefix}-connectivity-loss",
         title="Loss along the segment",
         finding=finding,
-        figure=draw_segment(segment.mu, segment.loss, measure, segment.ends, barrier=True),
+        figure=draw_segment(segment.mu, segment.loss, measure, segment.ends),
         table=_table(segment.mu, segment.loss, measure),
     )
 
 
-def _score_chart(segment: Segment, metric: str, prefix: str) -> Chart:
+def _score_chart(segment: Segment, metric: Metric, prefix: str) -> Chart:
+    limit = "at least" if metric.higher_is_better else "at most"
     courses = join_words(
-        f"on {split} goes from {number(scores[0])} to {number(scores[-1])}, at least {number(min(scores))}"
+        f"on {split} goes from {score_text(scores[0], metric)} to {score_text(scores[-1], metric)}, {limit} "
+        f"{score_text(min(scores, key=metric.merit), metric)}"
         for split, scores in segment.score.items()
     )
     return Chart(
         name=f"{prefix}-connectivity-score",
-        title=f"Score ({metric}) along the segment",
-        finding=f"{_describe_ends(segment)} the {metric} {courses}.",
-        figure=draw_segment(segment.mu, segment.score, metric, segment.ends, barrier=False),
-        table=_table(segment.mu, segment.score, metric),
+        title=f"Score ({metric.name}) along the segment",
+        finding=f"{_describe_ends(segment)} the {metric.name} {courses}.",
+        figure=draw_segment(segment.mu, segment.score, metric, segment.ends),
+        table=_table(segment.mu, segment.score, metric.name),
     )
 
 

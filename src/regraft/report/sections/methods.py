@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 from regraft.report.charts import draw_learning_curves, draw_method_scores
 from regraft.report.page import Block, Chart, Charts, Prose, Section, Table
-from regraft.report.wording import MISSING, duration, integer, join_words, number, percent
+from regraft.report.wording import MISSING, duration, integer, join_words, percent, score_text
+from regraft.task import find_metric
 
 if TYPE_CHECKING:
     from regraft.report.summaries import MethodSummary, Setting
+    from regraft.task import Metric
 
 ORDER = 20
 MAX_LISTED_LAYERS = 3  # fewer than in an error message, since there is a note per run
@@ -66,12 +68,13 @@ def _method_table(setting: Setting) -> Table:
         "labels",
         "seeds",
     )
+    metric = find_metric(setting.metric)
     rows = tuple(
         (
             summary.method,
-            number(summary.start),
-            number(summary.best_dev),
-            _score_with_deviation(summary),
+            score_text(summary.start, metric),
+            score_text(summary.best_dev, metric),
+            _score_with_deviation(summary, metric),
             percent(summary.recovery, 0),
             integer(summary.steps_to_scratch),
             percent(summary.negative_flips),
@@ -83,24 +86,30 @@ def _method_table(setting: Setting) -> Table:
     return Table(f"{setting.metric} by method: {setting.description}", columns, rows)
 
 
-def _score_with_deviation(summary: MethodSummary) -> str:
-    deviation = "" if summary.deviation is None else f" ± {number(summary.deviation)}"
-    return number(summary.score) + deviation
+def _score_with_deviation(summary: MethodSummary, metric: Metric) -> str:
+    deviation = "" if summary.deviation is None else f" ± {score_text(summary.deviation, metric)}"
+    return score_text(summary.score, metric) + deviation
 
 
 def _score_chart(setting: Setting, name: str) -> Chart:
     """Draw the scores by method; at least one summary must have a score."""
     measured = [(summary, summary.score) for summary in setting.summaries if summary.score is not None]
-    highest, _ = max(measured, key=lambda entry: entry[1])
-    finding = f"{highest.method} has the highest {setting.metric} on {setting.split}, {_score_with_deviation(highest)}"
-    if highest.method != "scratch":
-        finding += "".join(f"; scratch has {number(score)}" for row, score in measured if row.method == "scratch")
+    metric = find_metric(setting.metric)
+    best, _ = max(measured, key=lambda entry: metric.merit(entry[1]))
+    extreme = "highest" if metric.higher_is_better else "lowest"
+    finding = f"{best.method} has the {extreme} {metric.name} on {setting.split}, {_score_with_deviation(best, metric)}"
+    if best.method != "scratch":
+        scratch_scores = [score_text(score, metric) for row, score in measured if row.method == "scratch"]
+        finding += "".join(f"; scratch has {score}" for score in scratch_scores)
     if setting.old_score is not None:
-        finding += f"; the old deployment had {number(setting.old_score)}"
-    rows = [(summary.method, number(score), number(summary.deviation)) for summary, score in measured]
+        finding += f"; the old deployment had {score_text(setting.old_score, metric)}"
+    rows = [
+        (summary.method, score_text(score, metric), score_text(summary.deviation, metric))
+        for summary, score in measured
+    ]
     for reference, reference_score in (("old deployment", setting.old_score), ("guessing", setting.chance)):
         if reference_score is not None:
-            rows.append((reference, number(reference_score), MISSING))
+            rows.append((reference, score_text(reference_score, metric), MISSING))
     columns = ("method", f"{setting.metric} on {setting.split}", "deviation over seeds")
     title = "Scores by method"
     table = Table(title, columns, tuple(rows))
@@ -109,14 +118,21 @@ def _score_chart(setting: Setting, name: str) -> Chart:
 
 def _learning_chart(setting: Setting, name: str) -> Chart:
     """Draw the learning curves of the methods that have one."""
+    metric = find_metric(setting.metric)
     summaries = [summary for summary in setting.summaries if summary.curve]
     finding = f"Learning curves of {len(summaries)} method{'' if len(summaries) == 1 else 's'}"
     if setting.scratch_dev is not None:
-        finding += f": scratch ends at {number(setting.scratch_dev)}{_describe_steps_to_scratch(summaries)}"
+        scratch_score = score_text(setting.scratch_dev, metric)
+        finding += f": scratch ends at {scratch_score}{_describe_steps_to_scratch(summaries)}"
     curves = {summary.method: summary.curve for summary in summaries}
-    rows = tuple((method, integer(step), number(score)) for method, curve in curves.items() for step, score in curve)
+    rows = tuple(
+        (method, integer(step), score_text(score, metric)) for method, curve in curves.items() for step, score in curve
+    )
     table = Table("Learning curves", ("method", "steps", f"{setting.metric} on dev"), rows)
     figure = draw_learning_curves(curves, setting.scratch_dev, setting.metric)
+    agreement_methods = dict.fromkeys(run.record.method for run in setting.runs if run.record.curve_is_agreement)
+    if agreement_methods:
+        finding += f"; without {join_words(agreement_methods)}, whose curve is agreement with the old model"
     title = f"Learning curves: {setting.description}"
     return Chart(f"{name}-learning", title, f"{finding}.", figure, table, wide=True)
 

@@ -121,7 +121,7 @@ def _describe_strongest(tokens: Sequence[str], rows: Sequence[Sequence[float]]) 
 
 def _hidden_section(similarity: Similarity, prefix: str) -> Section:
     facts = (
-        ("agreement", percent(similarity.agreement), "of predictions are the same"),
+        ("agreement", percent(similarity.agreement), "of predictions agree"),
         ("KL", number(similarity.kl), "nats from the old model's predictions to the new one's"),
     )
     lead = "Linear CKA compares what a layer represents: 1 is the same up to rotation and scale."

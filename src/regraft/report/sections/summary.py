@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from regraft.report.page import Card
-from regraft.report.wording import duration, integer, number, percent
+from regraft.report.wording import duration, integer, percent, score_text
+from regraft.task import find_metric
 
 if TYPE_CHECKING:
     from regraft.diagnosis import Diagnosis
@@ -56,13 +57,23 @@ def outcome_card(settings: list[Setting]) -> Card:
     recycled = [summary for summary in setting.summaries if summary.score is not None and summary.method != "scratch"]
     if not recycled:
         summary = setting.summaries[0]
-        advice = f"It is the only method here: {integer(summary.steps)} steps, {duration(summary.seconds)}."
+        cost = f"{integer(summary.steps)} steps, {duration(summary.seconds)}"
+        num_methods = len(setting.summaries)
+        advice = f"It is the only method here: {cost}."
+        if num_methods > 1:
+            advice = f"It is the first of {num_methods} methods, of which none has a score to compare: {cost}."
         return _measured_card("Outcome", summary.method, advice, _reference_scores(setting))
     best = recycled[0]
     advice = f"It has the best {setting.metric} on {setting.split} of {len(setting.summaries)} methods"
     if best.recovery is not None:
         advice += f" and recovers {percent(best.recovery, 0)} of what tuning from scratch gains"
-    reasons = [(f"{setting.metric} on {setting.split}", number(best.score), "the best of the recycled")]
+    reasons = [
+        (
+            f"{setting.metric} on {setting.split}",
+            score_text(best.score, find_metric(setting.metric)),
+            "the best of the recycled",
+        )
+    ]
     if best.steps_to_scratch is not None:
         reasons.append(("steps to scratch", integer(best.steps_to_scratch), "until dev is where scratch ends"))
     if best.negative_flips is not None:
@@ -79,4 +90,5 @@ def _reference_scores(setting: Setting) -> tuple[Fact, ...]:
         ("old deployment", setting.old_score, "old weights on the old base"),
         ("guessing", setting.chance, "0 %"),
     )
-    return tuple((name, number(score), meaning) for name, score, meaning in scores if score is not None)
+    metric = find_metric(setting.metric)
+    return tuple((name, score_text(score, metric), meaning) for name, score, meaning in scores if score is not None)
