@@ -290,7 +290,7 @@ def set_first_value(value):
         ("full", change_config(label2id={"positive": 0, "negative": 1}), "Correct one of them"),
         ("full", change_config(id2label={"0": "positive", "1": "positive"}, label2id={}), "more than once"),
         ("full", change_config(problem_type="ranking"), "was tuned for 'ranking'"),
-        ("full", change_config(id2label={"0": "score"}, label2id={"score": 0}), "regression"),
+        ("full", change_config(id2label={"0": "score"}, label2id={"score": 0}), "contradict each other on its labels"),
         (
             "full",
             change_config(

@@ -78,7 +78,7 @@ class Chain(BaseModel):
         routes: `hop by hop` recycles the last outcome from each base to the next; `at once` recycles the first outcome
             from the first base to each later base.
         seeds: The seeds; every run is repeated with each of them.
-        shots: The number of examples per class, of train and of dev, on later bases; None for the task's own `shots`.
+        shots: The `shots` of the task on later bases, in classification the number of examples per class; None for the task's own `shots`.
         tuning: The length and learning rate of training on the first base.
         recycling: The length and learning rate of training on later bases.
         precision: `auto`, `bf16` or `fp32`; see `Recipe`.
@@ -94,7 +94,7 @@ class Chain(BaseModel):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=(Recipe.seed,), min_length=1, description="a list of whole numbers"
     )
-    shots: int | None = Field(default=None, ge=1, description="a whole number of examples per class, 1 or more")
+    shots: int | None = Field(default=None, ge=1, description="a whole number, 1 or more")
     tuning: Training = Field(default=Training(), description=_TRAINING)
     recycling: Training = Field(default=Training(), description=_TRAINING)
     precision: Precision = Field(default="auto", description=f"one of {', '.join(get_args(Precision))}")

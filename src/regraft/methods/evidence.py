@@ -57,8 +57,8 @@ def sample_evidence(job: Job, examples_per_stratum: int, min_confidence: float =
 
     Args:
         job: The job, with the task's training examples.
-        examples_per_stratum: The number of examples with targets per stratum, which is a class in classification; 0 to
-            draw from all examples and use the old model's outputs.
+        examples_per_stratum: The number of examples with targets, as the task's `shots`: per class in classification;
+            0 to draw from all examples and use the old model's outputs.
         min_confidence: Without targets: the least confidence, 0–1, that the old model's prediction for an example must
             have for the example to be used.
 
@@ -73,9 +73,12 @@ def sample_evidence(job: Job, examples_per_stratum: int, min_confidence: float =
 
     data = job.data
     if examples_per_stratum:
-        strata = data.task.strata(data.train.targets, data.labels)[1]
-        max_per_stratum = max(1, MAX_EXAMPLES // len(strata))
-        split = data.sample(data.train, min(examples_per_stratum, max_per_stratum), job.recipe.seed)
+        strata, names = data.task.strata(data.train.targets, data.labels)
+        sizes = np.bincount(strata, minlength=len(names)).tolist()
+        shots = min(examples_per_stratum, MAX_EXAMPLES)
+        while shots > 1 and sum(data.task.sample_counts(shots, sizes)) > MAX_EXAMPLES:
+            shots -= 1
+        split = data.sample(data.train, shots, job.recipe.seed)
         job.labelled_rows.update(split.row_numbers.tolist())
         job.notes["labels"] = len(job.labelled_rows)
         return Evidence(split, data.likelihood)

@@ -128,7 +128,7 @@ class TaskData:
 
         self.require_labels("a few-shot sample")
         if shots < 1:
-            raise RecipeError(f"shots = {shots}: at least 1 example per class is needed.")
+            raise RecipeError(f"shots = {shots}: use 1 or more.")
         strata, names = self.task.strata(self.train.targets, self.labels)
         counts = np.bincount(strata, minlength=len(names)).tolist()
         required = self.task.sample_counts(shots, counts)
@@ -139,7 +139,7 @@ class TaskData:
         if shortfalls:
             dev_note = " once dev is held out of it" if self.dev.source == self.train.source else ""
             raise DataError(
-                f"{self.train.source}: {shots} shots per class are requested, but train has fewer{dev_note} of: "
+                f"{self.train.source}: {shots} shots are requested, but train has fewer{dev_note} of: "
                 f"{', '.join(shortfalls)}. Add examples or lower `shots`."
             )
         train = self.sample(self.train, shots, seed)

@@ -21,7 +21,12 @@ _KINDS = (
     ("norm", re.compile(r"norm|(?:^|\.)ln_", re.IGNORECASE)),
     ("embedding", re.compile(r"embed|relative_attention_bias|(?:^|\.)(?:wte|wpe|shared)\.")),
     ("attention", re.compile(r"att(?:entio)?n|(?:^|\.)(?:[qkvo]_proj|query|key|value)\.")),
-    ("feed-forward", re.compile(r"mlp|ffn|intermediate|feed_forward|output\.dense|(?:^|\.)(?:fc[12]|lin[12]|dense)\.")),
+    (
+        "feed-forward",
+        re.compile(
+            r"mlp|ffn|_moe\.|\.experts\.|intermediate|feed_forward|output\.dense|(?:^|\.)(?:fc[12]|lin[12]|dense)\."
+        ),
+    ),
     ("head", re.compile(r"^(?:classifier|score|lm_head|cls|vocab_|qa_outputs|predictions|pre_classifier)")),
 )
 
