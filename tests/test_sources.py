@@ -164,7 +164,7 @@ def test_hidden_labels_of_a_hub_test_split_are_an_error(tmp_path: Path, hub_cach
         ("a.jsonl", '{"text": "a", "label": NaN}\n', ["row 1", "no label", "nan"]),
         ("a.jsonl", '{"text": "a", "label": [1]}\n', ["row 1", "not a list", "text or as a number"]),
         ("a.csv", "text,label\na,x\nb,x\n", ["every row has the label 'x'", "two labels", "'label'"]),
-        ("a.csv", "text,label\na,x\nb,y\n", ["single example of each class", "`dev`"]),
+        ("a.csv", "text,label\na,x\nb,y\n", ["single example of each stratum", "`dev`"]),
         ("a.parquet", "PAR0", ["not a readable Parquet file"]),
     ],
 )

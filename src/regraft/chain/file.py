@@ -78,7 +78,7 @@ class Chain(BaseModel):
         routes: `hop by hop` recycles the last outcome from each base to the next; `at once` recycles the first outcome
             from the first base to each later base.
         seeds: The seeds; every run is repeated with each of them.
-        shots: The `shots` of the task on later bases, in classification the number of examples per class; None for the task's own `shots`.
+        shots: The `shots` of the task on later bases; None for the task's own.
         tuning: The length and learning rate of training on the first base.
         recycling: The length and learning rate of training on later bases.
         precision: `auto`, `bf16` or `fp32`; see `Recipe`.

@@ -71,8 +71,8 @@ def hold_out(train: Split, task: Task, labels: Sequence[str], seed: int) -> tupl
     indices = draw_indices(train, task, labels, counts, seed)
     if not indices:
         raise DataError(
-            f"{train.source}: there is a single example of each stratum, such as a class, so none can be held out as dev. "
-            "Add examples, or name a dev source under `dev`."
+            f"{train.source}: there is a single example of each stratum, such as a class, so none can be held out "
+            "as dev. Add examples, or name a dev source under `dev`."
         )
     is_dev = np.zeros(len(train), dtype=bool)
     is_dev[indices] = True
