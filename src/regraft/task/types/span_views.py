@@ -80,12 +80,14 @@ def show_examples(split: Split, labels: Sequence[str], scheme: Scheme) -> tuple[
         Column(f"sentences of {len(split):,}", "count"),
     )
     rows = tuple((name or "span", num_spans[name], num_words[name], num_sentences[name]) for name in types_of(labels))
-    shown: list[int] = []
     unseen = set(num_spans)
+    order: list[tuple[bool, int]] = []
     for index, spans in enumerate(spans_by_sentence):
-        if unseen & {span.type for span in spans} and len(shown) < MAX_SENTENCES:
-            shown.append(index)
-            unseen -= {span.type for span in spans}
+        types = {span.type for span in spans}
+        if types:
+            order.append((not types & unseen, index))  # sentences with a new type come first
+        unseen -= types
+    shown = sorted(index for _, index in sorted(order)[:MAX_SENTENCES])
     texts = tuple(mark_spans(split.inputs[index], spans_by_sentence[index]) for index in shown)
     return (
         Table(f"Spans in {split.name}", columns, rows),
