@@ -92,7 +92,7 @@ def record_outcome(
     if not curve and scores["dev"] is not None:
         curve = [{"step": 0, "seconds": 0.0, "score": scores["dev"]}]
     steps = int(curve[-1]["step"]) if curve else 0
-    merit = float if scores_agreement else data.task.scoring.merit
+    merit = float if scores_agreement else data.scoring.merit
     labels_read = set(labelled_rows) | _trained_rows(data, recipe, steps)
     notes = dict(notes or {})
     if scores_agreement:
