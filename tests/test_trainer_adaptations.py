@@ -123,7 +123,9 @@ def train_without_regraft(base: Path, folder: Path, task_type: str, kind: str, e
         tokenizer = AutoTokenizer.from_pretrained(base)
         if kind == "lora":
             peft_type = "TOKEN_CLS" if is_tagger else "SEQ_CLS"
-            model = get_peft_model(model, LoraConfig(task_type=peft_type, r=4, target_modules="all-linear"))
+            model = get_peft_model(
+                model, LoraConfig(task_type=peft_type, r=4, target_modules=["query", "value", "q_proj", "v_proj"])
+            )
     collator = (DataCollatorForTokenClassification if is_tagger else DataCollatorWithPadding)(tokenizer)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / "work"),

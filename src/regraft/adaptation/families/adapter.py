@@ -7,16 +7,15 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from regraft.adaptation.adaptation import Family, GraftedAdaptation
+from regraft.adaptation.adapter_checks import check_head_rows, check_loaded
 from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_adapter
 from regraft.adaptation.fresh import fresh_poolers, load_with_fresh_head
-from regraft.adaptation.labels import check_num_outputs
-from regraft.adaptation.layout import OBSOLETE_SETTINGS, adapter_name_hint
-from regraft.adaptation.lora import PEFT_PREFIX, PROMPT_PREFIX, name_without_prefix
+from regraft.adaptation.layout import OBSOLETE_SETTINGS
+from regraft.adaptation.lora import name_without_prefix
 from regraft.adaptation.patterns import check_patterns
 from regraft.adaptation.replaced import graft_replacements, num_adapter_rows, renumber_token_ids, replaced_parameter
 from regraft.adaptation.tokens import match_token_rows
 from regraft.adaptation.vector import Vector
-from regraft.checkpoint import FLOATING, dtype_of, shape_of
 from regraft.errors import MAX_LISTED, CheckpointError, KindError, MismatchError, RecipeError
 from regraft.task.types import task_types
 from regraft.weights import is_optional
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Adaptation, Rule
     from regraft.base import Base
     from regraft.checkpoint.derived import Tensors
-    from regraft.errors import RegraftError
     from regraft.progress import Progress
     from regraft.task import Head, Task
     from regraft.upgrade import Upgrade
@@ -109,9 +107,9 @@ class Adapter(Family):
         """Load the adapter onto its base, and check that every tensor was loaded."""
         self.check_settings(adaptation, base, head)
         model, fresh_names = load_with_fresh_head(base, head, seed=0)
-        _check_head_rows(adaptation, model, base, head)
+        check_head_rows(adaptation, model, base, head)
         adapted, loaded, stored = self.load_adapter(model, adaptation, head, trainable=trainable)
-        _check_loaded(adaptation, base, head, fresh_names, loaded, stored)
+        check_loaded(adaptation, base, head, fresh_names, loaded, stored)
         return adapted
 
     def check_settings(self, adaptation: Adaptation, base: Base, head: Head) -> None:
@@ -297,61 +295,3 @@ def _check_pooler(adaptation: Adaptation, upgrade: Upgrade) -> None:
             f"pre-training left it out. Add it to the new base: regraft weights graft --old-base {old.path} "
             f"--new-base {new.path} --adaptation {old.path} --out FOLDER."
         )
-
-
-def _check_head_rows(adaptation: Adaptation, model: Any, base: Base, head: Head) -> None:
-    """Check that the stored output layers have a row per output of the task's head."""
-    shapes = {
-        name: tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(base.prefix + ".") and tensor.shape[:1] == (head.num_outputs,)
-    }
-    for name, stored_tensor in adaptation.checkpoint.tensors.items():
-        shape = shapes.get(name_without_prefix(name))
-        if shape and stored_tensor.shape[:1] and tuple(stored_tensor.shape[1:]) == shape[1:]:
-            check_num_outputs(adaptation, stored_tensor.shape[0], head)
-
-
-def _check_loaded(
-    adaptation: Adaptation,
-    base: Base,
-    head: Head,
-    fresh_names: Sequence[str],
-    loaded: dict[str, torch.Tensor],
-    stored: Tensors,
-) -> None:
-    """Check that a model's adapter equals the stored tensors, and that they replace all fresh tensors of the model."""
-    import torch
-
-    prefixes = (PEFT_PREFIX, PROMPT_PREFIX)
-    unfilled = [name for name in fresh_names if not any(prefix + name in loaded for prefix in prefixes)]
-    common = sorted(loaded.keys() & stored.keys())
-    misshapen = [name for name in common if tuple(loaded[name].shape) != shape_of(stored, name)]
-    quantised = [name for name in common if loaded[name].is_floating_point() and dtype_of(stored, name) not in FLOATING]
-    names_by_problem = {
-        "missing": sorted(loaded.keys() - stored.keys()),
-        "unexpected": sorted(stored.keys() - loaded.keys()),
-        "of another shape": [
-            f"{name} {shape_of(stored, name)}, expected {tuple(loaded[name].shape)}" for name in misshapen
-        ],
-        "stored as integers": [f"{name} ({dtype_of(stored, name)})" for name in quantised],
-        "of the model in neither the base nor the adaptation": unfilled,
-    }
-    if any(names_by_problem.values()):
-        problems = "; ".join(
-            f"{len(names)} {problem}: {', '.join(names[:MAX_LISTED])}"
-            for problem, names in names_by_problem.items()
-            if names
-        )
-        error_class: type[RegraftError] = MismatchError if misshapen else CheckpointError
-        raise error_class(
-            f"{adaptation.path}: does not fit {base.path} with {head}. Tensors {problems}."
-            f"{adapter_name_hint(stored.keys() - loaded.keys())}"
-        )
-    for name in common:
-        value = loaded[name].cpu()
-        if not torch.equal(value.nan_to_num(), stored[name].to(value.dtype).nan_to_num()):
-            raise CheckpointError(
-                f"{adaptation.path}: tensor {name!r} has other values than the stored ones after loading: PEFT "
-                f"cannot load a {adaptation.kind} with these settings exactly, or cannot tune it further."
-            )
