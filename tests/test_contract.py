@@ -22,7 +22,9 @@ import pytest
 import torch
 import transformers
 from helpers import (
+    BAD,
     FOLDED,
+    GOOD,
     GROUPED,
     HEAD,
     LABELS,
@@ -49,8 +51,9 @@ from regraft.methods.ridge import Ridge
 from regraft.model.batches import predict
 from regraft.model.examples import encode
 from regraft.progress import quiet
-from regraft.task import load_data
+from regraft.task import Head, load_data
 from regraft.task.types import task_types
+from regraft.task.types.token_classification import TokenClassification
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator
@@ -197,6 +200,7 @@ UNSUPPORTED = {  # the kinds that an architecture cannot take, with the reason
     "qwen3-moe": {"dora", "pissa", "olora", "bottleneck", "pfeiffer"},  # the feed-forward layers are experts
     "mixtral": {"dora", "pissa", "olora", "bottleneck", "pfeiffer"},
 }
+WITHOUT_TAGGER = ("opt", "gemma-3, text")  # the architectures for which transformers has no token classification
 LORAS = ("lora", "rslora", *FOLDED)
 BOTTLENECKS = ("bottleneck", "pfeiffer")
 LINEAR = ("full", *LORAS)
@@ -232,6 +236,8 @@ def can_meet(first: Value, second: Value) -> bool:
     match first, second:
         case ("architecture", architecture), ("kind", kind):
             return kind not in UNSUPPORTED.get(architecture, ())
+        case ("architecture", architecture), ("task_type", "token-classification"):
+            return architecture not in WITHOUT_TAGGER
         case ("kind", kind), ("start", start):
             return kind in KINDS_OF_START.get(start, KINDS)
         case ("start", "scratch"), ("objective", objective):
@@ -318,7 +324,27 @@ def write_task(folder: Path) -> Path:
     return folder / "task.yaml"
 
 
-TASKS = {"text-classification": (write_task, HEAD)}  # the function that writes a task of each type, and its head
+def write_tagging_task(folder: Path) -> Path:
+    """Write a task of token classification, in which good and bad words are marked."""
+    folder.mkdir()
+    rng = random.Random(0)
+    tags = {**dict.fromkeys(GOOD, "B-good"), **dict.fromkeys(BAD, "B-bad")}
+    for split, count in (("train", 48), ("dev", 10), ("test", 10)):
+        sentences = [make_sentence(rng, bool(i % 2)).split() for i in range(count)]
+        rows = [{"words": words, "tags": [tags.get(word, "O") for word in words]} for words in sentences]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "task.yaml").write_text(
+        "type: token-classification\ntrain: train.jsonl\ndev: dev.jsonl\ntest: test.jsonl\nwords: words\ntags: tags\n"
+        f"labels: {json.dumps(TAGS)}\nmax_length: 32\n"
+    )
+    return folder / "task.yaml"
+
+
+TAGS = ("O", "B-good", "B-bad")
+TASKS = {  # the function that writes a task of each type, and its head
+    "text-classification": (write_task, HEAD),
+    "token-classification": (write_tagging_task, Head(TokenClassification, TAGS)),
+}
 
 
 def make_byte_tokenizer():
@@ -430,7 +456,8 @@ def test_every_cell_writes_weights_that_load_and_predict(
         stored.check_base(upgrade.old)
     assert (outcome.record.method, outcome.record.kind, outcome.record.task.type) == (method, stored.kind, task_type)
     assert stored.kind == stored_kind(kind)
-    assert stored.labels == LABELS
+    head = TASKS[task_type][1]
+    assert stored.labels == head.labels
     if start != "auto":
         assert outcome.record.cost.steps == (0 if objective == UNTRAINED else ONE_STEP.steps)
 
@@ -439,10 +466,12 @@ def test_every_cell_writes_weights_that_load_and_predict(
         assert outcome.scores["dev_at_start"] == untrained.scores["dev"]
 
     examples = builder.examples(architecture, task_type)
-    logits = compute_logits(outcome.path, upgrade.new, examples)
-    assert outcome.predictions("test") == logits.argmax(dim=1).tolist()
+    logits = compute_logits(outcome.path, upgrade.new, examples, head)
+    data = load_data(task, 20)
+    predicted = data.likelihood.predict(logits).tolist()
+    assert outcome.predictions("test") == data.task.predictions_of_examples(predicted, data.test, examples, head.labels)
     if kind not in BOTTLENECKS:
-        plain = compute_logits_without_regraft(outcome.path / "adaptation", upgrade.new, examples)
+        plain = compute_logits_without_regraft(outcome.path / "adaptation", upgrade.new, examples, head)
         torch.testing.assert_close(plain, logits[: len(plain)], atol=2e-5, rtol=1e-5)
 
 
@@ -452,20 +481,24 @@ def stored_kind(kind: str) -> str:
     return variants.get(kind, kind)
 
 
-def compute_logits_without_regraft(folder: Path, base: Base, examples: Examples) -> torch.Tensor:
-    """Compute the logits of the first three examples by transformers and PEFT alone, one by one."""
+def compute_logits_without_regraft(folder: Path, base: Base, examples: Examples, head: Head) -> torch.Tensor:
+    """Compute the logits of the rows of the first three examples by transformers and PEFT alone, one by one."""
     from peft import PeftModel
 
+    auto_class = getattr(transformers, head.type.auto_class)
     with quiet():
         if (folder / "adapter_config.json").exists():
-            model = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=2, pad_token_id=0)
+            model = auto_class.from_pretrained(base.path, num_labels=head.num_outputs, pad_token_id=0)
             model = PeftModel.from_pretrained(model, folder)
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(folder)
+            model = auto_class.from_pretrained(folder)
     model.eval()
     with torch.no_grad():
         batches = [examples.batch([i]) for i in range(3)]
-        return torch.cat([model(**{name: batch[name] for name in examples.columns}).logits for batch in batches])
+        outputs = [model(**{name: batch[name] for name in examples.columns}).logits for batch in batches]
+    if examples.tokens is None:
+        return torch.cat(outputs)
+    return torch.cat([logits[0, tokens] for logits, tokens in zip(outputs, examples.tokens, strict=False)])
 
 
 def test_every_kind_loads_as_it_was_saved(builder, architecture, kind, task_type):
@@ -474,10 +507,11 @@ def test_every_kind_loads_as_it_was_saved(builder, architecture, kind, task_type
     base = builder.upgrade(architecture).old
     examples = builder.examples(architecture, task_type)
     stored = load_adaptation(folder)
-    assert (stored.kind, stored.labels, stored.check_base(base)) == (stored_kind(kind), LABELS, "proven")
+    head = TASKS[task_type][1]
+    assert (stored.kind, stored.labels, stored.check_base(base)) == (stored_kind(kind), head.labels, "proven")
     tolerance = 1e-4 if kind in FOLDED else 1e-6
-    torch.testing.assert_close(compute_logits(folder, base, examples), expected, atol=tolerance, rtol=tolerance)
-    untuned = predict(fresh_model(base, TASKS[task_type][1], 1), examples, "fp32")
+    torch.testing.assert_close(compute_logits(folder, base, examples, head), expected, atol=tolerance, rtol=tolerance)
+    untuned = predict(fresh_model(base, head, 1), examples, "fp32")
     assert (expected - untuned).abs().max() > 1e-3
 
 
@@ -487,7 +521,8 @@ def test_outputs_do_not_change_if_the_base_does_not(builder, tmp_path, architect
     source, expected = builder.adaptation(architecture, kind, task_type)
     outcome = recycle(Upgrade(old, old), source, builder.task(task_type), start, tmp_path / "out", recipe=ONE_STEP)
     tolerance = 1e-4 if kind in FOLDED else 2e-5
-    torch.testing.assert_close(compute_logits(outcome.path, old, examples), expected, atol=tolerance, rtol=tolerance)
+    logits = compute_logits(outcome.path, old, examples, TASKS[task_type][1])
+    torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(
