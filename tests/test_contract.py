@@ -22,7 +22,9 @@ import pytest
 import torch
 import transformers
 from helpers import (
+    BAD,
     FOLDED,
+    GOOD,
     GROUPED,
     HEAD,
     LABELS,
@@ -51,6 +53,7 @@ from regraft.model.examples import encode
 from regraft.progress import quiet
 from regraft.task import Head, load_data
 from regraft.task.types import MultiLabelClassification, TextRegression, task_types
+from regraft.task.types.token_classification import TokenClassification
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
@@ -197,6 +200,7 @@ UNSUPPORTED = {  # the kinds that an architecture cannot take, with the reason
     "qwen3-moe": {"dora", "pissa", "olora", "bottleneck", "pfeiffer"},  # the feed-forward layers are experts
     "mixtral": {"dora", "pissa", "olora", "bottleneck", "pfeiffer"},
 }
+WITHOUT_TAGGER = ("opt", "gemma-3, text")  # the architectures for which transformers has no token classification
 LORAS = ("lora", "rslora", *FOLDED)
 BOTTLENECKS = ("bottleneck", "pfeiffer")
 LINEAR = ("full", *LORAS)
@@ -232,6 +236,8 @@ def can_meet(first: Value, second: Value) -> bool:
     match first, second:
         case ("architecture", architecture), ("kind", kind):
             return kind not in UNSUPPORTED.get(architecture, ())
+        case ("architecture", architecture), ("task_type", "token-classification"):
+            return architecture not in WITHOUT_TAGGER
         case ("kind", kind), ("start", start):
             return kind in KINDS_OF_START.get(start, KINDS)
         case ("start", "scratch"), ("objective", objective):
@@ -349,10 +355,28 @@ def write_numbers(folder: Path) -> Path:
     return write_task(folder, keys, lambda i, positive: [(0.2 if positive else -0.2) + i / 1000], ["value"])
 
 
+def write_tagging_task(folder: Path) -> Path:
+    """Write a task of token classification, in which good and bad words are marked."""
+    folder.mkdir()
+    rng = random.Random(0)
+    tags = {**dict.fromkeys(GOOD, "B-good"), **dict.fromkeys(BAD, "B-bad")}
+    for split, count in (("train", 48), ("dev", 10), ("test", 10)):
+        sentences = [make_sentence(rng, bool(i % 2)).split() for i in range(count)]
+        rows = [{"words": words, "tags": [tags.get(word, "O") for word in words]} for words in sentences]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "task.yaml").write_text(
+        "type: token-classification\ntrain: train.jsonl\ndev: dev.jsonl\ntest: test.jsonl\nwords: words\ntags: tags\n"
+        f"labels: {json.dumps(TAGS)}\nmax_length: 32\n"
+    )
+    return folder / "task.yaml"
+
+
+TAGS = ("O", "B-good", "B-bad")
 TASKS = {  # the function that writes a task of each type, and its head
     "text-classification": (write_classes, HEAD),
     "multi-label-classification": (write_label_sets, Head(MultiLabelClassification, LABELS)),
     "text-regression": (write_numbers, Head(TextRegression, ())),
+    "token-classification": (write_tagging_task, Head(TokenClassification, TAGS)),
 }
 
 
@@ -476,8 +500,12 @@ def test_every_cell_writes_weights_that_load_and_predict(
 
     examples = builder.examples(architecture, task_type)
     logits = compute_logits(outcome.path, upgrade.new, examples, head)
-    predictions = head.type.likelihood.predict(logits)
-    torch.testing.assert_close(torch.tensor(outcome.predictions("test")), predictions)
+    data = load_data(task, 20)
+    predicted = data.likelihood.predict(logits).tolist()
+    expected = data.task.predictions_of_examples(predicted, data.test, examples, head.labels)
+    if task_type == "text-regression":
+        expected = pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert outcome.predictions("test") == expected
     if kind not in BOTTLENECKS:
         plain = compute_logits_without_regraft(outcome.path / "adaptation", upgrade.new, examples, head)
         torch.testing.assert_close(plain, logits[: len(plain)], atol=2e-5, rtol=1e-5)
@@ -490,21 +518,25 @@ def stored_kind(kind: str) -> str:
 
 
 def compute_logits_without_regraft(folder: Path, base: Base, examples: Examples, head: Head) -> torch.Tensor:
-    """Compute the logits of the first three examples by transformers and PEFT alone, one by one."""
+    """Compute the logits of the rows of the first three examples by transformers and PEFT alone, one by one."""
     from peft import PeftModel
 
+    auto_class = getattr(transformers, head.type.auto_class)
     with quiet():
         if (folder / "adapter_config.json").exists():
-            model = AutoModelForSequenceClassification.from_pretrained(
-                base.path, num_labels=head.num_outputs, pad_token_id=0
-            )
+            model = auto_class.from_pretrained(base.path, num_labels=head.num_outputs, pad_token_id=0)
             model = PeftModel.from_pretrained(model, folder)
         else:
-            model = AutoModelForSequenceClassification.from_pretrained(folder)
+            model = auto_class.from_pretrained(folder)
     model.eval()
     with torch.no_grad():
         batches = [examples.batch([i]) for i in range(3)]
-        return torch.cat([model(**{name: batch[name] for name in examples.columns}).logits for batch in batches])
+        outputs = [model(**{name: batch[name] for name in examples.columns}).logits for batch in batches]
+    if examples.tokens is None:
+        return torch.cat(outputs)
+    # the logits of virtual tokens come first
+    logits = [output[0, -int(length) :] for output, length in zip(outputs, examples.lengths, strict=False)]
+    return torch.cat([token_logits[tokens] for token_logits, tokens in zip(logits, examples.tokens, strict=False)])
 
 
 def test_every_kind_loads_as_it_was_saved(builder, architecture, kind, task_type):

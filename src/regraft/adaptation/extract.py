@@ -147,6 +147,8 @@ def extract_lora(
     tensors, config = lora.to_peft(_modules_to_save(stored_in_full, in_base))
     tensors |= {PEFT_PREFIX + name: tuned[name].contiguous() for name in stored_in_full}
     if architecture is not None:
+        if type(architecture.model).__name__.endswith("ForTokenClassification"):  # its head is named as a classifier's
+            config["task_type"] = "TOKEN_CLS"
         _check_loads(tensors, config, architecture)
     return ExtractedLora(tensors, config, (total - excluded - errors) / total, excluded / total)
 
