@@ -173,12 +173,13 @@ def test_an_installed_package_can_add_a_task_type(tmp_path, monkeypatch, task_fi
     finally:
         monkeypatch.undo()
         task_types.cache_clear()
-    with pytest.raises(RegraftError, match=r"there is no task type 'stance'\. The types are: 'text-classification'"):
+    with pytest.raises(RegraftError, match=r"there is no task type 'stance'\. The types are: .*'text-classification'"):
         Task.load(file)
     file.write_text(f"type: text_classification\n{task_file.read_text()}")
     with pytest.raises(RegraftError, match="Did you mean 'text-classification'"):
         Task.load(file)
-    assert task_types() == {"text-classification": TextClassification}
+    assert "stance" not in task_types()
+    assert task_types()["text-classification"] is TextClassification
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "llama"])

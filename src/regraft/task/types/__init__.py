@@ -3,7 +3,9 @@
 from regraft.task.types.examples import ROW_TENSORS, Examples
 from regraft.task.types.head import Head
 from regraft.task.types.likelihood import Likelihood, Signal
+from regraft.task.types.multi_label_classification import MultiLabelClassification
 from regraft.task.types.text_classification import TextClassification
+from regraft.task.types.text_regression import TextRegression
 from regraft.task.types.type import DEFAULT_TYPE, Task, task_types
 from regraft.task.types.view import MarkedText, ModelPredictions, Scatter, Span, Table, View
 
@@ -15,12 +17,14 @@ __all__ = [
     "Likelihood",
     "MarkedText",
     "ModelPredictions",
+    "MultiLabelClassification",
     "Scatter",
     "Signal",
     "Span",
     "Table",
     "Task",
     "TextClassification",
+    "TextRegression",
     "View",
     "task_types",
 ]

@@ -1,4 +1,4 @@
-"""Tables and charts that compare two classifiers: recall and flips by class, and calibration."""
+"""Tables and charts that compare two classifiers: recall or F1 and flips by class, and calibration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from regraft.task.types.view import Column, Scatter, Series, Table
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from regraft.task.types.view import View
+    from regraft.task.types.view import ModelPredictions, View
 
 BINS = 10
 """The number of confidence bins, all of equal width; Guo et al. (2017) use 10 to 15."""
@@ -94,6 +94,23 @@ def measure_calibration(confidence: Sequence[float], right: Sequence[bool]) -> C
     weighted_gaps = [group.count * abs(group.confidence - group.accuracy) for group in bins]
     ece = sum(weighted_gaps) / len(right)
     return Calibration(ece, tuple(bins))
+
+
+def measure_calibrations(old: ModelPredictions, new: ModelPredictions) -> dict[str, Calibration]:
+    """Measure the calibration of an old and a new model.
+
+    Args:
+        old: The old model's predictions.
+        new: The new model's predictions.
+
+    Returns:
+        The calibrations of the models whose confidence is known, under the keys `old` and `new`.
+    """
+    return {
+        name: measure_calibration(model.confidence, model.right)
+        for name, model in (("old", old), ("new", new))
+        if model.confidence is not None
+    }
 
 
 def compare_classes(

@@ -195,3 +195,118 @@ class Categorical:
 
 CATEGORICAL = Categorical()
 """The likelihood of task types that predict one class per row; it has no state."""
+
+
+class Bernoulli:
+    """Any of several labels: an independent sigmoid of each output. All values are means over the labels."""
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "none") -> torch.Tensor:
+        """Compute the binary cross-entropy; see `Likelihood.loss`."""
+        from torch.nn import functional
+
+        if reduction == "mean":
+            return functional.binary_cross_entropy_with_logits(logits, targets.to(logits))
+        return functional.binary_cross_entropy_with_logits(logits, targets.to(logits), reduction="none").mean(dim=-1)
+
+    def signal(self, logits: torch.Tensor) -> Signal:
+        """Return all of the logits; see `Likelihood.signal`."""
+        return Signal(logits)
+
+    def divergence_terms(self, logits: torch.Tensor, signal: Signal, temperature: float = 1.0) -> torch.Tensor:
+        """Compute the divergence of each label, over the number of labels; see `Likelihood.divergence_terms`."""
+        from torch.nn import functional
+
+        student, teacher = logits / temperature, signal.logits / temperature
+        present = teacher.sigmoid() * (functional.logsigmoid(teacher) - functional.logsigmoid(student))
+        absent = (-teacher).sigmoid() * (functional.logsigmoid(-teacher) - functional.logsigmoid(-student))
+        return (present + absent) / logits.shape[-1]
+
+    def excess_loss(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
+        """Sum the terms of the divergence; see `Likelihood.excess_loss`."""
+        return self.divergence_terms(logits, signal).sum(dim=-1)
+
+    def overlap(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
+        """Return 1 − the mean distance of the labels' probabilities; see `Likelihood.overlap`."""
+        return 1 - (logits.sigmoid() - signal.logits.sigmoid()).abs().mean(dim=-1)
+
+    def predict(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return 1 for each label whose probability is above one half, else 0; see `Likelihood.predict`."""
+        return (logits > 0).long()
+
+    def confidence(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the probability of the whole predicted set of labels; see `Likelihood.confidence`."""
+        return logits.abs().sigmoid().prod(dim=-1)
+
+    def right(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Compare the predicted set of labels with the target; see `Likelihood.right`."""
+        return (self.predict(logits) == targets).all(dim=-1)
+
+    def gradient_scale(self, temperature: float) -> float:
+        """Return T², as for a softmax; see `Likelihood.gradient_scale`."""
+        return temperature**2
+
+    def chance_loss(self, targets: Sequence[Any], num_outputs: int) -> float:
+        """Return ln 2, the loss of a probability of one half for every label; see `Likelihood.chance_loss`."""
+        return math.log(2)
+
+
+BERNOULLI = Bernoulli()
+"""The likelihood of task types that predict a set of labels per row; it has no state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """A number: a normal distribution around the single output, with the same standard deviation for every row.
+
+    Losses leave out the entropy's constant, so that the loss of a perfect prediction is 0.
+
+    Args:
+        deviation: The standard deviation, in the unit of the targets.
+        tolerance: The largest error of a right prediction, in the unit of the targets.
+    """
+
+    deviation: float = 1.0
+    tolerance: float = 0.0
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "none") -> torch.Tensor:
+        """Compute half the squared error in standard deviations; see `Likelihood.loss`."""
+        losses = 0.5 * ((self.predict(logits) - targets.to(logits)) / self.deviation) ** 2
+        return losses.mean() if reduction == "mean" else losses
+
+    def signal(self, logits: torch.Tensor) -> Signal:
+        """Return the output; see `Likelihood.signal`."""
+        return Signal(logits)
+
+    def divergence_terms(self, logits: torch.Tensor, signal: Signal, temperature: float = 1.0) -> torch.Tensor:
+        """Compute half the squared distance of the means in deviations, at any temperature; see `Likelihood`."""
+        return 0.5 * ((logits - signal.logits) / self.deviation) ** 2
+
+    def excess_loss(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
+        """Sum the single term of the divergence; see `Likelihood.excess_loss`."""
+        return self.divergence_terms(logits, signal).sum(dim=-1)
+
+    def overlap(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
+        """Return erfc(distance of the means / √8) in deviations; see `Likelihood.overlap`."""
+        distance = (self.predict(logits) - self.predict(signal.logits)).abs() / self.deviation
+        return (distance / math.sqrt(8)).erfc()
+
+    def predict(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the output; see `Likelihood.predict`."""
+        return logits.squeeze(-1)
+
+    def confidence(self, logits: torch.Tensor) -> None:
+        """Return None, because the density is the same for every row; see `Likelihood.confidence`."""
+
+    def right(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return whether the error is within the tolerance; see `Likelihood.right`."""
+        return (self.predict(logits) - targets.to(logits)).abs() <= self.tolerance
+
+    def gradient_scale(self, temperature: float) -> float:
+        """Return 1, because the temperature changes nothing; see `Likelihood.gradient_scale`."""
+        return 1.0
+
+    def chance_loss(self, targets: Sequence[Any], num_outputs: int) -> float:
+        """Return the loss of always predicting the mean; see `Likelihood.chance_loss`."""
+        import numpy as np
+
+        return 0.5 * float(np.var(targets)) / self.deviation**2

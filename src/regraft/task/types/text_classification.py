@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from regraft.errors import DataError
-from regraft.task.file import is_unicode
-from regraft.task.labels import fold_name, format_names, group_lookalikes, is_missing_value, label_name, sort_names
+from regraft.task.labels import sort_names
 from regraft.task.metric import Metric  # noqa: TC001 (pydantic reads annotations)
 from regraft.task.split import Split
 from regraft.task.types.class_metrics import ACCURACY, MACRO_F1, MCC
-from regraft.task.types.class_views import class_views, compare_classes, measure_calibration
+from regraft.task.types.class_views import class_views, compare_classes, measure_calibrations
+from regraft.task.types.label_names import (
+    decode_label,
+    name_warnings,
+    normalise_names,
+    require_unicode,
+    unknown_label,
+    validate_names,
+)
 from regraft.task.types.likelihood import CATEGORICAL, Likelihood
 from regraft.task.types.texts import ColumnName, TextTask
 
@@ -67,9 +73,7 @@ class TextClassification(TextTask):
         names = {split: self._label_names(table) for split, table in tables.items()}
         classes = tables["train"].classes.get(self.label or "")
         labels = self.labels or classes or sort_names(names["train"])
-        invalid = [label for label in labels if not is_unicode(label)]
-        if invalid:
-            raise DataError(f"{tables['train'].source}: the label {invalid[0]!r} is not valid Unicode. Rename it.")
+        require_unicode(labels, tables["train"].source)
         splits = {split: self._split(split, table, names[split], labels) for split, table in tables.items()}
         if self.label is not None and len(set(names["train"])) < 2:
             raise DataError(
@@ -102,29 +106,12 @@ class TextClassification(TextTask):
         self, targets: Targets, old: ModelPredictions, new: ModelPredictions, labels: Sequence[str]
     ) -> tuple[View, ...]:
         """Return recall and flips by class, and the calibration; see `Task.comparison_views`."""
-        calibrations = {
-            name: measure_calibration(model.confidence, model.right)
-            for name, model in (("old", old), ("new", new))
-            if model.confidence is not None
-        }
-        return class_views(compare_classes(targets.tolist(), old.right, new.right, labels), calibrations)
+        classes = compare_classes(targets.tolist(), old.right, new.right, labels)
+        return class_views(classes, measure_calibrations(old, new))
 
     def label_warnings(self, labels: Sequence[str]) -> list[str]:
         """Describe labels that look alike or like missing values; see `Task.label_warnings`."""
-        warnings = []
-        for lookalikes in group_lookalikes(labels):
-            names = " and ".join(map(ascii, lookalikes))
-            warnings.append(
-                f"the labels {names} look alike: they differ only in case, whitespace, invisible characters or the "
-                "encoding of accents, but count as different classes. If they are one class, write them alike."
-            )
-        missing = [name for name in labels if is_missing_value(name)]
-        if missing:
-            warnings.append(
-                f"the label {missing[0]!r} looks like a missing value, but counts as a class. If its rows have no "
-                "label, remove them."
-            )
-        return warnings
+        return name_warnings(labels)
 
     def as_targets(self, predictions: Sequence[Any]) -> Targets:
         """Return the predicted classes; see `Task.as_targets`."""
@@ -154,16 +141,10 @@ class TextClassification(TextTask):
             placeholder = self.labels[0] if self.labels else ""
             return [placeholder] * len(table.row_numbers)
         classes = table.classes.get(self.label)
-
-        def decode(value: object) -> str | None:
-            if classes is None or not isinstance(value, int):
-                return label_name(value)
-            return classes[value] if 0 <= value < len(classes) else None  # data sets store hidden labels as −1
-
         names: list[str] = []
         for row, value in zip(table.row_numbers, table.columns[self.label], strict=True):
             try:
-                label = decode(value)
+                label = decode_label(value, classes)
             except TypeError as error:
                 raise DataError(
                     f"{table.source}, row {row}: column {self.label!r}: {error}. Write it as text or as a number."
@@ -183,16 +164,8 @@ class TextClassification(TextTask):
         indices = {name: index for index, name in enumerate(labels)}
         for row, name in zip(table.row_numbers, names, strict=True):
             if name not in indices:
-                lookalikes = [label for label in labels if fold_name(label) == fold_name(name)]
-                hint = ""
-                if lookalikes:
-                    hint = f" It differs from {lookalikes[0]!a} only in case, whitespace or invisible characters."
-                origin = "the listed labels" if self.labels else "the training labels"
-                remedy = "Add it to `labels`" if self.labels else "List all labels under `labels` in the task file"
-                raise DataError(
-                    f"{table.source}, row {row}: the label {name!r} is not among {origin}: {format_names(labels)}."
-                    f"{hint} {remedy}, or correct the row."
-                )
+                problem = unknown_label(name, labels, are_listed=self.labels is not None)
+                raise DataError(f"{table.source}, row {row}: {problem}")
         targets = np.array([indices[name] for name in names], dtype=np.int64)
         return Split(split, table.source, self.texts(table), targets, np.array(table.row_numbers, dtype=np.int64))
 
@@ -209,24 +182,14 @@ class TextClassification(TextTask):
     @classmethod
     def _normalise_names(cls, labels: Any) -> Any:
         """Normalise the names in the same way as labels in the data."""
-        if not isinstance(labels, list | tuple):
-            return labels
-        return [label_name(label) if isinstance(label, str | int | float) else label for label in labels]
+        return normalise_names(labels)
 
     @field_validator("labels")
     @classmethod
     def _validate_labels(cls, labels: tuple[str, ...] | None, validation: ValidationInfo) -> tuple[str, ...] | None:
         """Refuse repeated labels, a single label, and missing labels of unlabelled data."""
-        if labels is None:
-            if "label" in validation.data and validation.data["label"] is None:
-                raise ValueError("is required if there is no column of labels. List the label names of the old head.")
-            return None
-        repeated = sorted(name for name, count in Counter(labels).items() if count > 1)
-        if repeated:
-            raise ValueError(f"lists {format_names(repeated)} more than once. List each label once.")
-        if len(labels) < 2:
-            raise ValueError(f"lists {len(labels)} label. List two or more, or leave the key out.")
-        return labels
+        is_unlabelled = "label" in validation.data and validation.data["label"] is None
+        return validate_names(labels, is_required=is_unlabelled)
 
 
 TASK = TextClassification
