@@ -319,14 +319,14 @@ def write_adaptation(
     return folder
 
 
-def load_tuned_model(adaptation: Path, base: Base, **options: bool) -> Any:
-    """Load the model of an adaptation with the head `HEAD`."""
-    return load_model(load_adaptation(adaptation), base, HEAD, **options)
+def load_tuned_model(adaptation: Path, base: Base, head: Head = HEAD, **options: bool) -> Any:
+    """Load the model of an adaptation with a head."""
+    return load_model(load_adaptation(adaptation), base, head, **options)
 
 
-def compute_logits(adaptation: Path, base: Base, examples: Examples) -> torch.Tensor:
+def compute_logits(adaptation: Path, base: Base, examples: Examples, head: Head = HEAD) -> torch.Tensor:
     """Load an adaptation onto a base, and return its logits on examples."""
-    return predict(load_tuned_model(adaptation, base), examples, "fp32")
+    return predict(load_tuned_model(adaptation, base, head), examples, "fp32")
 
 
 def compute_test_logits(adaptation: Path, base: Base, task_file: Path) -> torch.Tensor:

@@ -49,11 +49,11 @@ from regraft.methods.ridge import Ridge
 from regraft.model.batches import predict
 from regraft.model.examples import encode
 from regraft.progress import quiet
-from regraft.task import load_data
-from regraft.task.types import task_types
+from regraft.task import Head, load_data
+from regraft.task.types import MultiLabelClassification, TextRegression, task_types
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator
+    from collections.abc import Callable, Container, Iterator, Sequence
 
     from regraft.task.types import Examples
 
@@ -303,22 +303,57 @@ def test_every_two_values_that_can_meet_are_in_the_cover():
         assert all(i == 0 and second in ARCHITECTURE_INDEPENDENT for _, second in missing)
 
 
-def write_task(folder: Path) -> Path:
-    """Write a task of text classification."""
+TASK_FILES = "train: train.csv\ndev: dev.csv\ntest: test.csv\ntext: text\nmax_length: 32\n"
+
+
+def write_task(
+    folder: Path, keys: str, make_targets: Callable[[int, bool], list[object]], columns: Sequence[str]
+) -> Path:
+    """Write a task on alternately negative and positive sentences.
+
+    Args:
+        folder: The folder to write.
+        keys: The keys of the task file that only the task type has.
+        make_targets: A function that returns the cells of the target columns from the index of a sentence and whether
+            it is positive.
+        columns: The names of the target columns.
+
+    Returns:
+        The task file.
+    """
     folder.mkdir()
     rng = random.Random(0)
     for split, count in (("train", 48), ("dev", 10), ("test", 10)):
         with (folder / f"{split}.csv").open("w", newline="") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["text", "label"])
-            writer.writerows([make_sentence(rng, bool(i % 2)), LABELS[i % 2]] for i in range(count))
-    (folder / "task.yaml").write_text(
-        "train: train.csv\ndev: dev.csv\ntest: test.csv\ntext: text\nlabel: label\nmax_length: 32\n"
-    )
+            writer.writerow(["text", *columns])
+            writer.writerows([make_sentence(rng, bool(i % 2)), *make_targets(i, bool(i % 2))] for i in range(count))
+    (folder / "task.yaml").write_text(TASK_FILES + keys)
     return folder / "task.yaml"
 
 
-TASKS = {"text-classification": (write_task, HEAD)}  # the function that writes a task of each type, and its head
+def write_classes(folder: Path) -> Path:
+    """Write a task of text classification."""
+    return write_task(folder, "label: label\n", lambda i, positive: [LABELS[positive]], ["label"])
+
+
+def write_label_sets(folder: Path) -> Path:
+    """Write a task of multi-label classification, whose first label is independent of the text."""
+    keys = f"type: multi-label-classification\nlabel: [{', '.join(LABELS)}]\n"
+    return write_task(folder, keys, lambda i, positive: [int(i % 3 == 0), int(positive)], LABELS)
+
+
+def write_numbers(folder: Path) -> Path:
+    """Write a task of text regression, whose numbers are near the outputs of fresh heads."""
+    keys = "type: text-regression\nlabel: value\ntolerance: 0.1\n"
+    return write_task(folder, keys, lambda i, positive: [(0.2 if positive else -0.2) + i / 1000], ["value"])
+
+
+TASKS = {  # the function that writes a task of each type, and its head
+    "text-classification": (write_classes, HEAD),
+    "multi-label-classification": (write_label_sets, Head(MultiLabelClassification, LABELS)),
+    "text-regression": (write_numbers, Head(TextRegression, ())),
+}
 
 
 def make_byte_tokenizer():
@@ -430,19 +465,21 @@ def test_every_cell_writes_weights_that_load_and_predict(
         stored.check_base(upgrade.old)
     assert (outcome.record.method, outcome.record.kind, outcome.record.task.type) == (method, stored.kind, task_type)
     assert stored.kind == stored_kind(kind)
-    assert stored.labels == LABELS
+    head = TASKS[task_type][1]
+    assert (stored.labels or ()) == head.labels
     if start != "auto":
         assert outcome.record.cost.steps == (0 if objective == UNTRAINED else ONE_STEP.steps)
 
     if objective not in (UNTRAINED, "label-free") and start != "scratch":  # label-free is scored by its teacher
         untrained = recycle(upgrade, source, task, start, tmp_path / "start", recipe=ONE_STEP, options=options)
-        assert outcome.scores["dev_at_start"] == untrained.scores["dev"]
+        assert outcome.scores["dev_at_start"] == pytest.approx(untrained.scores["dev"], abs=1e-4)
 
     examples = builder.examples(architecture, task_type)
-    logits = compute_logits(outcome.path, upgrade.new, examples)
-    assert outcome.predictions("test") == logits.argmax(dim=1).tolist()
+    logits = compute_logits(outcome.path, upgrade.new, examples, head)
+    predictions = head.type.likelihood.predict(logits)
+    torch.testing.assert_close(torch.tensor(outcome.predictions("test")), predictions)
     if kind not in BOTTLENECKS:
-        plain = compute_logits_without_regraft(outcome.path / "adaptation", upgrade.new, examples)
+        plain = compute_logits_without_regraft(outcome.path / "adaptation", upgrade.new, examples, head)
         torch.testing.assert_close(plain, logits[: len(plain)], atol=2e-5, rtol=1e-5)
 
 
@@ -452,13 +489,15 @@ def stored_kind(kind: str) -> str:
     return variants.get(kind, kind)
 
 
-def compute_logits_without_regraft(folder: Path, base: Base, examples: Examples) -> torch.Tensor:
+def compute_logits_without_regraft(folder: Path, base: Base, examples: Examples, head: Head) -> torch.Tensor:
     """Compute the logits of the first three examples by transformers and PEFT alone, one by one."""
     from peft import PeftModel
 
     with quiet():
         if (folder / "adapter_config.json").exists():
-            model = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=2, pad_token_id=0)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                base.path, num_labels=head.num_outputs, pad_token_id=0
+            )
             model = PeftModel.from_pretrained(model, folder)
         else:
             model = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -474,10 +513,13 @@ def test_every_kind_loads_as_it_was_saved(builder, architecture, kind, task_type
     base = builder.upgrade(architecture).old
     examples = builder.examples(architecture, task_type)
     stored = load_adaptation(folder)
-    assert (stored.kind, stored.labels, stored.check_base(base)) == (stored_kind(kind), LABELS, "proven")
+    head = TASKS[task_type][1]
+    assert (stored.kind, stored.labels or ()) == (stored_kind(kind), head.labels)
+    assert stored.check_base(base) == "proven"
     tolerance = 1e-4 if kind in FOLDED else 1e-6
-    torch.testing.assert_close(compute_logits(folder, base, examples), expected, atol=tolerance, rtol=tolerance)
-    untuned = predict(fresh_model(base, TASKS[task_type][1], 1), examples, "fp32")
+    logits = compute_logits(folder, base, examples, head)
+    torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
+    untuned = predict(fresh_model(base, head, 1), examples, "fp32")
     assert (expected - untuned).abs().max() > 1e-3
 
 
@@ -487,7 +529,8 @@ def test_outputs_do_not_change_if_the_base_does_not(builder, tmp_path, architect
     source, expected = builder.adaptation(architecture, kind, task_type)
     outcome = recycle(Upgrade(old, old), source, builder.task(task_type), start, tmp_path / "out", recipe=ONE_STEP)
     tolerance = 1e-4 if kind in FOLDED else 2e-5
-    torch.testing.assert_close(compute_logits(outcome.path, old, examples), expected, atol=tolerance, rtol=tolerance)
+    logits = compute_logits(outcome.path, old, examples, TASKS[task_type][1])
+    torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -122,11 +122,13 @@ class MultiLabelClassification(TextTask):
         return labels, splits
 
     def strata(self, targets: Targets, labels: Sequence[str]) -> tuple[Integers, list[str]]:
-        """Divide examples by their rarest label, the first of equally rare ones; see `Task.strata`."""
+        """Divide examples by their rarest label, of equally rare ones the first by name; see `Task.strata`."""
         import numpy as np
 
+        by_name = np.argsort(labels)  # so that samples do not depend on the order of the labels
         frequencies = np.where(targets == 1, targets.sum(axis=0), len(targets) + 1)
-        strata = np.where(targets.any(axis=1), frequencies.argmin(axis=1), len(labels))
+        rarest = by_name[frequencies[:, by_name].argmin(axis=1)]
+        strata = np.where(targets.any(axis=1), rarest, len(labels))
         return strata.astype(np.int64), [*(f"{label} (rarest)" for label in labels), NO_LABEL]
 
     def sample_counts(self, size: int, stratum_sizes: Sequence[int]) -> list[int]:
@@ -158,8 +160,8 @@ class MultiLabelClassification(TextTask):
         return relabelled
 
     def describe(self, target: Any, labels: Sequence[str]) -> str:
-        """Return the names of the labels; see `Task.describe`."""
-        return ", ".join(label for label, is_present in zip(labels, target, strict=True) if is_present) or NO_LABEL
+        """Return the names of the labels, sorted; see `Task.describe`."""
+        return ", ".join(sort_names(itertools.compress(labels, target))) or NO_LABEL
 
     def as_targets(self, predictions: Sequence[Any]) -> Targets:
         """Return the predicted sets, examples × labels; see `Task.as_targets`."""
