@@ -36,16 +36,18 @@ def standardised_outputs(model: nn.Module, base: Base, data: TaskData) -> Iterat
         base: The model's base, for the names of the output layers.
         data: The task's data; if the task type does not scale its targets, the context does nothing.
     """
+    import torch
+
     scaling = data.task.target_scaling(data.train.targets)
     if scaling is None:
         yield
         return
-    mean, scale = scaling
+    mean, scale = torch.as_tensor(scaling[0]), scaling[1]
     layers = _output_layers(model, base, data)
     standardise_outputs(model, base, data)
 
     def rescale(layer: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output * scale + (mean if layer.bias is not None else 0)
+        return output * scale + (mean.to(output) if layer.bias is not None else 0)
 
     handles = [layer.register_forward_hook(rescale) for layer in layers]
     try:
@@ -80,7 +82,7 @@ def restore_output_units(model: nn.Module, base: Base, data: TaskData) -> None:
 
 
 def _transform_output_layers(
-    model: nn.Module, base: Base, data: TaskData, transform: Callable[[torch.Tensor, float, float], torch.Tensor]
+    model: nn.Module, base: Base, data: TaskData, transform: Callable[[torch.Tensor, Any, float], torch.Tensor]
 ) -> None:
     """Apply a transform of (tensor, mean, scale) to the output layers in place; weights are scaled but not shifted."""
     import torch
@@ -88,12 +90,12 @@ def _transform_output_layers(
     scaling = data.task.target_scaling(data.train.targets)
     if scaling is None:
         return
-    mean, scale = scaling
+    mean, scale = torch.as_tensor(scaling[0]), scaling[1]
     with torch.no_grad():
         for layer in _output_layers(model, base, data):
             layer.weight.copy_(transform(layer.weight, 0.0, scale))
             if layer.bias is not None:
-                layer.bias.copy_(transform(layer.bias, mean, scale))
+                layer.bias.copy_(transform(layer.bias, mean.to(layer.bias), scale))
 
 
 def _output_layers(model: nn.Module, base: Base, data: TaskData) -> list[nn.Linear]:

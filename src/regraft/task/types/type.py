@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from regraft.task.metric import Floats
     from regraft.task.source import SourceTable
     from regraft.task.split import Integers, Split, Targets
     from regraft.task.types.examples import Examples
@@ -105,15 +106,15 @@ class Task(TaskKeys, ABC):
         """
         return self.likelihood
 
-    def target_scaling(self, targets: Targets) -> tuple[float, float] | None:
+    def target_scaling(self, targets: Targets) -> tuple[float | Floats, float] | None:
         """Return the offset and the scale by which targets are standardised during training.
 
         Args:
             targets: The training targets, which determine the scaling.
 
         Returns:
-            The value in target units that an output of 0 stands for, and the size of one output unit in target units;
-            None if models are trained in target units.
+            The value in target units that an output of 0 stands for, or one value per output, and the size of one
+            output unit in target units; None if models are trained in target units. A fresh head begins at that value.
         """
         return None
 
