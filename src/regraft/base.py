@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regraft.architecture import architecture_of
 from regraft.checkpoint import FLOATING, Checkpoint, check_finite, check_unquantised, find_path, fingerprint, read_json
@@ -169,13 +169,20 @@ class Base:
 
     @functools.cached_property
     def classifier(self) -> PreTrainedModel:
-        """A classifier on the base, on the meta device."""
-        import torch
-        from transformers import AutoModelForSequenceClassification
+        """A classifier of texts on the base, on the meta device."""
+        return self.model_with_head("AutoModelForSequenceClassification")
 
-        auto_class: Any = AutoModelForSequenceClassification
+    def model_with_head(self, auto_class: str) -> PreTrainedModel:
+        """Build a model with a head on the base, on the meta device.
+
+        Args:
+            auto_class: The name of the auto class of transformers that loads such a model.
+        """
+        import torch
+        import transformers
+
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class.from_config(self.config)
+            model: PreTrainedModel = getattr(transformers, auto_class).from_config(self.config)
         return model
 
     @property

@@ -67,7 +67,7 @@ def load_with_fresh_head(base: Base, head: Head, seed: int) -> tuple[Any, list[s
     return model, fresh_names
 
 
-def fresh_poolers(base: Base) -> list[str]:
-    """Return `["pooler"]` if a base's classifier has a pooler that the base lacks, and else an empty list."""
+def fresh_poolers(base: Base, model: Any) -> list[str]:
+    """Return `["pooler"]` if a model on a base has a pooler that the base lacks, and else an empty list."""
     stores_pooler = any(is_optional(name) for name in base.body)
-    return ["pooler"] if base.has_pooler and not stores_pooler else []
+    return ["pooler"] if getattr(model.base_model, "pooler", None) is not None and not stores_pooler else []

@@ -128,7 +128,7 @@ def check_pair(pair: DeploymentPair) -> Check:
     chance = chance_score(data, split)
     flips = count_flips(pair.old.right(split), pair.new.right(split))
     distance = pair.upgrade.distance()
-    beats_chance = data.task.scoring.gain(old, chance) > 0
+    beats_chance = data.scoring.gain(old, chance) > 0
     retained = (new - chance) / (old - chance) if beats_chance else None
     return Check(
         task=data.name,
@@ -139,7 +139,7 @@ def check_pair(pair: DeploymentPair) -> Check:
         new=new,
         floor=chance,
         retained=retained,
-        agreement=score(data.task.metrics[0], data.task.as_targets(old_predictions), new_predictions),
+        agreement=score(data.agreement_metric, data.task.as_targets(old_predictions), new_predictions),
         negative_flips=flips.negative_rate,
         positive_flips=flips.positive_rate,
         l2=distance.l2,

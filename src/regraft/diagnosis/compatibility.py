@@ -85,8 +85,9 @@ def _point(pair: DeploymentPair, upgrade: Upgrade, deployment: Deployment, steps
     """Measure a deployment of the old adaptation on the upgrade's new base."""
     import numpy as np
 
-    task = pair.data.task
-    agreement = score(task.metrics[0].name, task.as_targets(pair.old_predictions), deployment.predictions(pair.split))
+    data = pair.data
+    old_predictions = data.task.as_targets(pair.old_predictions)
+    agreement = score(data.agreement_metric, old_predictions, deployment.predictions(pair.split))
     return CompatibilityPoint(
         name=upgrade.new.name,
         distance=upgrade.distance().l2,

@@ -26,7 +26,7 @@ def probe_gain(pair: DeploymentPair) -> Interval:
 
     data = pair.data
     old, new = (probe(base, data, pair.precision) for base in (pair.upgrade.old, pair.upgrade.new))
-    return paired_difference(data.task.scoring, data.dev.targets, new, old)
+    return paired_difference(data.scoring, data.dev.targets, new, old)
 
 
 def _answer(context: QuestionContext) -> Interval:

@@ -118,7 +118,10 @@ def regressions(pair: DeploymentPair, right_by_seed: Sequence[Sequence[bool]] = 
         negative=counts.negative,
         positive=counts.positive,
         flips=tuple(flips),
-        views=task.comparison_views(split.targets, old, new, labels),
+        views=(
+            *task.comparison_views(split.targets, old, new, labels),
+            *task.flip_views(split, old, new, labels),
+        ),
         mcnemar=mcnemar(counts.negative, counts.positive),
         noise=noise_floor([new.right, *right_by_seed]),
     )

@@ -132,7 +132,7 @@ def _answer(context: QuestionContext) -> Verdict:
     """Judge the adaptation on the new base without further tuning, whether or not there is a counterpart."""
     pair = context.direct
     return verdict(
-        pair.data.task.scoring,
+        pair.data.scoring,
         pair.split.targets,
         pair.old_predictions,
         pair.new_predictions,

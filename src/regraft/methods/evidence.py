@@ -88,4 +88,5 @@ def sample_evidence(job: Job, examples_per_stratum: int, min_confidence: float =
             raise RecipeError(f"the outputs of a {data.task.type} have no confidence. Leave out the option confidence.")
         old_confidence = [1.0] * len(split)
     confident = np.flatnonzero(np.array(old_confidence, dtype=np.float32) >= min_confidence)
-    return Evidence(split.take(confident), data.likelihood, old.signal(split).take(confident, old.outputs(split)))
+    rows = old.examples(split).rows(confident.tolist())
+    return Evidence(split.take(confident), data.likelihood, old.signal(split).take(rows, old.outputs(split)))

@@ -113,7 +113,9 @@ def read_texts(file: str, data: TaskData) -> Split:
     inputs = [data.task.as_inputs(text) for text in corpus.documents()]
     if not inputs:
         raise DataError(f"{file}: has no text. Pass a file with one text per line.")
-    placeholders = np.repeat(data.train.targets[:1], len(inputs), axis=0)
+    task = data.task
+    prediction = task.chance_prediction(data.train.targets, data.labels)
+    placeholders = task.as_targets(task.constant_predictions(prediction, inputs))
     return Split("train", file, inputs, placeholders, np.arange(1, len(inputs) + 1))
 
 

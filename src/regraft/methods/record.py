@@ -92,7 +92,7 @@ def record_outcome(
     # without labels there is no score, but a curve needs one
     curve = curve or [{"step": 0, "seconds": 0.0, "score": float(scores["dev"] or 0.0)}]
     steps = int(curve[-1]["step"])
-    merit = float if scores_agreement else data.task.scoring.merit
+    merit = float if scores_agreement else data.scoring.merit
     labels_read = set(labelled_rows) | _trained_rows(data, recipe, steps)
     notes = dict(notes or {})
     record = OutcomeRecord(

@@ -137,7 +137,7 @@ def determine_target(job: Job, tolerance: float, confidence: float, target: floa
         write_json(file, {"reference": reference, "probes": probes})
         seal(seal_file, [file])
     record = json.loads(file.read_text(encoding="utf-8"))
-    metric = job.data.task.scoring
+    metric = job.data.scoring
     old = score(metric, dev.targets, record["reference"])
     gain = None
     if record["probes"]:

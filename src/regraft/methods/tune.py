@@ -101,7 +101,7 @@ def tune(
         model = prepare_for_tuning(fresh, base, data.head, config, resolved.seed)
         initial = initial_factors(model)
         curve = tune_model(model, base, data, resolved, work_folder, progress)
-        if not best_step(curve, data.task.scoring.merit):
+        if not best_step(curve, data.scoring.merit):
             dev_weakness = weakness(data, data.dev)
             logger.warning(
                 "%s: after %d steps at a learning rate of %g, no score on dev is better than the untrained head's, so "

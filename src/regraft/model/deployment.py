@@ -92,7 +92,7 @@ class Deployment:
     def predictions(self, split: Split) -> list[Any]:
         """Return the prediction for each example of a split, in the form of the split's targets."""
         row_predictions = self.data.likelihood.predict(self.outputs(split)).tolist()
-        return self.data.task.predictions_of_examples(row_predictions, split, self.examples(split))
+        return self.data.task.predictions_of_examples(row_predictions, split, self.examples(split), self.data.labels)
 
     def confidence(self, split: Split) -> list[float] | None:
         """Return the probability that the model gives to each prediction for a split.
@@ -115,7 +115,7 @@ class Deployment:
 
     def score(self, split: Split) -> float:
         """Score the predictions for a split by the task's metric."""
-        return score(self.data.task.scoring, split.targets, self.predictions(split))
+        return score(self.data.scoring, split.targets, self.predictions(split))
 
     def right(self, split: Split) -> list[bool]:
         """Return for each target of a split whether the prediction is right."""

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from regraft.base import Base
     from regraft.model.outputs import Output
-    from regraft.task import Split, TaskData
+    from regraft.task import TaskData
+    from regraft.task.types import Examples
 
 MAX_TRAIN_EXAMPLES = 512
 """The most training examples of a probe: more of them cost time and hardly change its predictions."""
@@ -27,7 +28,8 @@ def probe(base: Base, data: TaskData, precision: str) -> list[Any]:
     """Fit the task type's linear probe to a base's features of training examples, and predict the dev targets.
 
     Args:
-        base: The base; an example's features are the mean of its last hidden states over tokens.
+        base: The base; the features of an example with a single row are the mean of its last hidden states over tokens,
+            those of any other row, such as a word, are the last hidden state at the row's token.
         data: The task's data; the probe is fitted to its first `MAX_TRAIN_EXAMPLES` training examples.
         precision: `bf16` or `fp32`.
 
@@ -46,20 +48,26 @@ def probe(base: Base, data: TaskData, precision: str) -> list[Any]:
     model = fresh_model(base, data.head, HEAD_SEED).to(device())
     train = data.train.take(range(min(MAX_TRAIN_EXAMPLES, len(data.train))))
     pipeline = make_pipeline(StandardScaler(), data.task.linear_probe())
-    pipeline.fit(_features(model, base, data, train, precision), train.targets)
-    predictions: list[Any] = pipeline.predict(_features(model, base, data, data.dev, precision)).tolist()
-    return predictions
+    examples = encode(base, data, train)
+    pipeline.fit(_features(model, base, examples, precision), examples.targets)
+    dev_examples = encode(base, data, data.dev)
+    row_predictions = pipeline.predict(_features(model, base, dev_examples, precision)).tolist()
+    return data.task.predictions_of_examples(row_predictions, data.dev, dev_examples, data.labels)
 
 
-def _features(model: nn.Module, base: Base, data: TaskData, split: Split, precision: str) -> torch.Tensor:
-    """Average the last hidden states over the tokens of each example: examples × width."""
+def _features(model: nn.Module, base: Base, examples: Examples, precision: str) -> torch.Tensor:
+    """Compute the features of each row from the last hidden states: rows × width."""
     import torch
 
-    features = torch.zeros(len(split), base.config.hidden_size)
+    features = torch.zeros(len(examples.targets), base.config.hidden_size)
 
     def collect(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
-        mask = batch["attention_mask"][..., None]
-        features[indices] = ((output.hidden[-1].float() * mask).sum(dim=1) / mask.sum(dim=1)).cpu()
+        states = output.hidden[-1].float()
+        if examples.tokens is None:
+            mask = batch["attention_mask"][..., None]
+            features[indices] = ((states * mask).sum(dim=1) / mask.sum(dim=1)).cpu()
+        else:
+            features[batch["row"].cpu()] = states[output.example, output.token].cpu()
 
-    for_each_batch(model, encode(base, data, split), precision, collect, stage="probe", hidden=True)
+    for_each_batch(model, examples, precision, collect, stage="probe", hidden=True)
     return features

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from regraft.errors import RecipeError
-from regraft.task.score import evaluate, find_metric
+from regraft.task.score import as_example_array, evaluate, find_metric
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,7 +104,7 @@ def resampled_scores(
     import numpy as np
 
     evaluations = [evaluate(metric, targets, model_predictions) for model_predictions in predictions]
-    num_examples = len(np.asarray(targets))
+    num_examples = len(as_example_array(targets))
     width = max(num_examples, *(evaluation.width for evaluation in evaluations))
     block_size = max(1, BLOCK_ELEMENTS // width)
     generator = np.random.default_rng(seed)

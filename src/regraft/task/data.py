@@ -18,6 +18,7 @@ from regraft.task.types.type import DEFAULT_TYPE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from regraft.task.metric import Metric
     from regraft.task.types.likelihood import Likelihood
     from regraft.task.types.type import Task
 
@@ -53,6 +54,16 @@ class TaskData:
     def metric(self) -> str:
         """The name of the metric that is reported."""
         return self.task.metric
+
+    @property
+    def scoring(self) -> Metric:
+        """The metric that is reported, for targets in terms of `labels`."""
+        return self.task.bind_metric(self.task.scoring, self.labels)
+
+    @property
+    def agreement_metric(self) -> Metric:
+        """The task type's first metric, by which the predictions of two models are compared."""
+        return self.task.bind_metric(self.task.metrics[0], self.labels)
 
     @property
     def max_length(self) -> int:

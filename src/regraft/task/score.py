@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regraft.errors import DataError, RecipeError
 from regraft.task.metric import Flips, count_flips, require_equal_lengths
+from regraft.task.split import object_array
 from regraft.task.types.type import DEFAULT_TYPE, task_types
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import ArrayLike
 
     from regraft.task.data import TaskData
@@ -67,10 +69,8 @@ def evaluate(metric: Metric | str, targets: ArrayLike, predictions: ArrayLike) -
         DataError: There are no examples.
         MismatchError: The numbers of predictions and targets differ.
     """
-    import numpy as np
-
     metric = find_metric(metric)
-    target_array, predicted = np.asarray(targets), np.asarray(predictions)
+    target_array, predicted = as_example_array(targets), as_example_array(predictions)
     require_equal_lengths(targets=len(target_array), predictions=len(predicted))
     if not len(target_array):
         raise DataError("there are no examples to score. Use a split that has some.")
@@ -88,7 +88,7 @@ def chance_score(data: TaskData, split: Split) -> float:
         The chance score, by the task's metric.
     """
     prediction = data.task.chance_prediction(data.train.targets, data.labels)
-    return score(data.task.scoring, split.targets, [prediction] * len(split))
+    return score(data.scoring, split.targets, data.task.constant_predictions(prediction, split.inputs))
 
 
 def flips(targets: ArrayLike, before: ArrayLike, after: ArrayLike) -> Flips:
@@ -102,8 +102,21 @@ def flips(targets: ArrayLike, before: ArrayLike, after: ArrayLike) -> Flips:
     Raises:
         MismatchError: The three sequences have different lengths.
     """
+    target_list, old, new = (as_example_array(values).tolist() for values in (targets, before, after))
+    require_equal_lengths(targets=len(target_list), before=len(old), after=len(new))
+    old_right, new_right = ([a == b for a, b in zip(values, target_list, strict=True)] for values in (old, new))
+    return count_flips(old_right, new_right)
+
+
+def as_example_array(values: ArrayLike) -> np.ndarray[Any, Any]:
+    """Convert targets or predictions to an array with one element or row per example.
+
+    Args:
+        values: One value per example; lists of different lengths, such as the tags of sentences, become elements.
+    """
     import numpy as np
 
-    target_array, old, new = np.asarray(targets), np.asarray(before), np.asarray(after)
-    require_equal_lengths(targets=len(target_array), before=len(old), after=len(new))
-    return count_flips((old == target_array).tolist(), (new == target_array).tolist())
+    try:
+        return np.asarray(values)
+    except ValueError:  # lists of different lengths
+        return object_array(values)  # type: ignore[arg-type]

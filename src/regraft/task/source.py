@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from regraft.errors import DataError
+from regraft.task.conll import CONLL_SUFFIXES, are_column_numbers, read_conll
 from regraft.task.delimited import read_delimited, require_columns
 from regraft.task.file import (
     COMPRESSED_SUFFIXES,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from regraft.task.delimited import Quoting
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", *CONLL_SUFFIXES)
 """The suffixes of the file formats that are read; text formats may be compressed."""
 
 
@@ -145,6 +146,9 @@ def _read_file(
 ) -> SourceTable:
     """Read columns of a file in the format that its suffix names."""
     suffix = data_suffix(path)
+    columns = [*input_columns, *target_columns]
+    if suffix == ".txt" and are_column_numbers(columns):
+        suffix = CONLL_SUFFIXES[0]
     if suffix == ".arrow" or (suffix not in SUFFIXES and os.path.isdir(path)):
         folder = path if os.path.isdir(path) else path.parent
         raise DataError(
@@ -154,17 +158,18 @@ def _read_file(
     if suffix not in SUFFIXES:
         files = f"files ending in {path.suffix!r}" if path.suffix else "files without a suffix"
         raise DataError(
-            f"{path}: cannot read a task from {files}. Use a .csv, .tsv, "
-            ".jsonl, .json (one object per line, or a list of objects) or .parquet file; text files may be compressed "
+            f"{path}: cannot read a task from {files}. Use a .csv, .tsv, .jsonl, "
+            ".json (one object per line, or a list of objects), .parquet or .conll file; text files may be compressed "
             f"({', '.join(COMPRESSED_SUFFIXES)}). For a data set of the Hub, write "
             f"{{dataset: {'NAME' if path.suffix else path.name}, split: train}}."
         )
     check_regular_file(path)
     if suffix == ".parquet":
         return _read_parquet(path, input_columns, target_columns)
-    columns = [*input_columns, *target_columns]
     if suffix in (".json", ".jsonl"):
         return _read_json(path, columns)
+    if suffix in CONLL_SUFFIXES:
+        return SourceTable(str(path), *read_conll(path, _read_text(path), columns))
     delimiter = "\t" if suffix == ".tsv" else ","
     label_column = target_columns[0] if target_columns else None
     values, row_numbers = read_delimited(path, _read_text(path), delimiter, columns, label_column, quoting)

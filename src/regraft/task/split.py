@@ -22,7 +22,8 @@ class Split:
         name: `train`, `dev` or `test`.
         source: The file or data set that the examples were read from.
         inputs: The input of a model per example; for task types of text, a tuple of one or two texts.
-        targets: The target of a model per example; in classification, indices of the task's labels.
+        targets: The target of a model per example; in classification, indices of the task's labels. Targets of
+            different lengths, such as the tags of a sentence's words, are lists in an array of objects.
         row_numbers: The row number of each example in its source, counted from 1.
     """
 
@@ -63,3 +64,10 @@ class Split:
             targets=self.targets[selected],
             row_numbers=self.row_numbers[selected],
         )
+
+
+def object_array(values: Sequence[Any]) -> np.ndarray[Any, np.dtype[np.object_]]:
+    """Return an array of one dimension whose elements are the values, even if these are lists of the same length."""
+    import numpy as np
+
+    return np.fromiter(values, dtype=object, count=len(values))

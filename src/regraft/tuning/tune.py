@@ -133,7 +133,7 @@ def tune_model(
             work_folder,
             progress,
             stage="tune",
-            merit=data.task.scoring.merit if teacher_signal is None else float,
+            merit=data.scoring.merit if teacher_signal is None else float,
         )
 
 

@@ -99,7 +99,7 @@ class Adapter(Family):
         from transformers import set_seed
 
         heads = [name for name, _ in model.named_children() if name != model.base_model_prefix and name != "dropout"]
-        modules = sorted({*(getattr(config, "modules_to_save", None) or ()), *heads, *fresh_poolers(base)})
+        modules = sorted({*(getattr(config, "modules_to_save", None) or ()), *heads, *fresh_poolers(base, model)})
         set_seed(seed)
         model.config.pad_token_id = base.config.pad_token_id  # an adapter's folder records no padding token
         return self.attach_adapter(model, base, head, config, heads, modules)
@@ -242,7 +242,7 @@ class Adapter(Family):
     def vector(self, adaptation: Adaptation, base: Base) -> Vector:
         """Return the tensors of `plain_adapter` as a vector."""
         tensors, config = self.plain_adapter(adaptation, base)
-        head_names = _head_names(base)
+        head_names = _head_names(adaptation, base)
         names = [
             name
             for name in tensors
@@ -266,9 +266,21 @@ class Adapter(Family):
         )
 
 
-def _head_names(base: Base) -> set[str]:
-    """Return the names of a classifier's tensors that its base lacks: the head's, and possibly a pooler's."""
-    names = base.classifier.state_dict()
+def _models(adaptation: Adaptation, base: Base) -> list[Any]:
+    """Build models on the meta device with the heads that the adaptation may be for, if transformers has them."""
+    import transformers
+
+    recorded = adaptation.task_type
+    types = [task_types()[recorded]] if recorded else adaptation.family.matching_task_types(adaptation.config)
+    names = dict.fromkeys(task_type.auto_class for task_type in types)
+    return [
+        base.model_with_head(name) for name in names if type(base.config) in getattr(transformers, name)._model_mapping
+    ]
+
+
+def _head_names(adaptation: Adaptation, base: Base) -> set[str]:
+    """Return the names of a model's tensors that its base lacks: the head's, and possibly a pooler's."""
+    names = {name for model in _models(adaptation, base) for name in model.state_dict()}
     return {name for name in names if name.removeprefix(base.prefix + ".") not in base.parameters}
 
 
@@ -277,7 +289,7 @@ def _check_pooler(adaptation: Adaptation, upgrade: Upgrade) -> None:
     old, new = upgrade.old, upgrade.new
     poolers = [name for name in sorted(old.body.keys() - new.body.keys()) if is_optional(name)]
     missing = [name for name in poolers if not any(stored.endswith(f".{name}") for stored in adaptation.checkpoint)]
-    if missing and new.has_pooler:
+    if missing and any(getattr(model.base_model, "pooler", None) is not None for model in _models(adaptation, new)):
         raise MismatchError(
             f"{new.path}: lacks {', '.join(missing)}, which {adaptation.path} was tuned with on {old.path}; "
             f"pre-training left it out. Add it to the new base: regraft weights graft --old-base {old.path} "

@@ -31,12 +31,14 @@ class Examples:
         pad: The id that batches are padded with, for each column.
         tokens: The token indices of each example's rows; None if each example has a single row, at the token that the
             model's head reads.
+        words: The index of the word that each row stands for, by example; None if rows do not stand for words.
     """
 
     columns: dict[str, list[list[int]]]
     targets: np.ndarray[Any, Any]
     pad: dict[str, int]
     tokens: list[list[int]] | None = None
+    words: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.columns["input_ids"])
@@ -70,7 +72,7 @@ class Examples:
             return np.array(list(indices), dtype=np.int64)
         ends = self._row_ends
         ranges = [np.arange(ends[i] - len(self.tokens[i]), ends[i]) for i in indices]
-        return np.concatenate(ranges).astype(np.int64)
+        return np.concatenate([np.empty(0), *ranges]).astype(np.int64)
 
     def take(self, indices: Sequence[int]) -> Examples:
         """Select examples.
@@ -83,7 +85,8 @@ class Examples:
         """
         columns = {name: [column[i] for i in indices] for name, column in self.columns.items()}
         tokens = None if self.tokens is None else [self.tokens[i] for i in indices]
-        return Examples(columns, self.targets[self.rows(indices)], self.pad, tokens)
+        words = None if self.words is None else [self.words[i] for i in indices]
+        return Examples(columns, self.targets[self.rows(indices)], self.pad, tokens, words)
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Collate examples, padded on the right to the longest of them.

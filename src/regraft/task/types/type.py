@@ -16,9 +16,9 @@ from regraft.errors import DataError, did_you_mean
 from regraft.task.labels import format_names
 from regraft.task.metric import Metric  # noqa: TC001 (pydantic reads annotations)
 from regraft.task.source import resolve_source
-from regraft.task.types.keys import TaskKeys
 from regraft.task.types.likelihood import Likelihood  # noqa: TC001 (pydantic reads annotations)
 from regraft.task.types.registry import discover_types
+from regraft.task.types.task_views import TaskViews
 from regraft.task.yaml_file import read_yaml, validate
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from regraft.task.source import SourceTable
     from regraft.task.split import Integers, Split, Targets
     from regraft.task.types.examples import Examples
-    from regraft.task.types.view import ModelPredictions, View
 
 ENTRY_POINT_GROUP = "regraft.task_types"
 """The group under which other distributions register their task types."""
@@ -38,7 +37,7 @@ DEFAULT_TYPE = "text-classification"
 """The type of a task file without the key `type`, which regraft 0.1 did not have."""
 
 
-class Task(TaskKeys, ABC):
+class Task(TaskViews, ABC):
     """A task as its task file declares it; each task type is a subclass, and adds the keys that only it has."""
 
     peft_task_type: ClassVar[str]
@@ -151,6 +150,15 @@ class Task(TaskKeys, ABC):
         """The reported metric. `metric` is its name, which other task types may use for different metrics."""
         return next(metric for metric in self.metrics if metric.name == self.metric)
 
+    def bind_metric(self, metric: Metric, labels: Sequence[str]) -> Metric:
+        """Adapt a metric of this type to targets in terms of labels, whose names a metric may depend on.
+
+        Args:
+            metric: One of `metrics`.
+            labels: The label names, in the order of the outputs.
+        """
+        return metric
+
     @property
     @abstractmethod
     def input_columns(self) -> tuple[str, ...]:
@@ -215,6 +223,15 @@ class Task(TaskKeys, ABC):
             labels: The label names, in the order of the outputs.
         """
 
+    def constant_predictions(self, prediction: Any, inputs: Sequence[Any]) -> list[Any]:
+        """Repeat a prediction for each example, in the form of a target.
+
+        Args:
+            prediction: The prediction, as `chance_prediction` returns it.
+            inputs: The inputs of the examples, which may determine the sizes of targets.
+        """
+        return [prediction] * len(inputs)
+
     @abstractmethod
     def relabel(self, targets: Targets, output_by_label: Sequence[int]) -> Targets:
         """Replace label indices in targets by the indices of a head's outputs.
@@ -254,35 +271,16 @@ class Task(TaskKeys, ABC):
     def linear_probe(self) -> Any:
         """Return an unfitted scikit-learn estimator that predicts targets linearly from a base's features."""
 
-    def comparison_views(
-        self, targets: Targets, old: ModelPredictions, new: ModelPredictions, labels: Sequence[str]
-    ) -> tuple[View, ...]:
-        """Return tables and charts that compare an old and a new model beyond their scores and flips.
-
-        Args:
-            targets: One target per example.
-            old: The old model's predictions.
-            new: The new model's predictions.
-            labels: The label names, in the order of the outputs.
-        """
-        return ()
-
-    def example_views(self, split: Split, labels: Sequence[str]) -> tuple[View, ...]:
-        """Return tables and marked texts that show examples as users of the type look at them, for `task check`.
-
-        Args:
-            split: The examples to show.
-            labels: The label names, in the order of the outputs.
-        """
-        return ()
-
-    def predictions_of_examples(self, row_predictions: Sequence[Any], split: Split, examples: Examples) -> list[Any]:
+    def predictions_of_examples(
+        self, row_predictions: Sequence[Any], split: Split, examples: Examples, labels: Sequence[str]
+    ) -> list[Any]:
         """Convert the predictions for rows to one prediction per example, in the form of a target.
 
         Args:
             row_predictions: One prediction per row, as the likelihood returns it.
             split: The examples.
             examples: The same examples, as `encode` returned them.
+            labels: The label names, in the order of the outputs.
         """
         return list(row_predictions)
 

@@ -1,0 +1,171 @@
+"""Inputs that are lists of words: their checks, and their tokenisation with the first token of each word."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from regraft.errors import DataError
+from regraft.task.file import is_unicode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from regraft.task.source import SourceTable
+    from regraft.task.split import Split
+
+Columns = dict[str, list[list[int]]]
+"""For each input of a model, one list of ids per example."""
+
+
+def checked_words(table: SourceTable, column: str) -> list[tuple[str, ...]]:
+    """Return the words of each row of a table.
+
+    Args:
+        table: Columns of a source.
+        column: The name of the column of words.
+
+    Raises:
+        DataError: A value is not a list of words, is empty, or has a word that is not valid Unicode.
+    """
+    sentences = []
+    for row, words in zip(table.row_numbers, table.columns[column], strict=True):
+        if not isinstance(words, list | tuple):
+            raise DataError(
+                f"{table.source}, row {row}: column {column!r} holds {words!r:.80}, not a list of words. Write a list "
+                "in JSON lines, Parquet or a CoNLL file."
+            )
+        if not words:
+            raise DataError(f"{table.source}, row {row}: has no words in column {column!r}. Remove the row.")
+        for index, word in enumerate(words):
+            if not isinstance(word, str) or not is_unicode(word):
+                raise DataError(
+                    f"{table.source}, row {row}: word {index + 1} in column {column!r} is {word!r:.80}, not valid "
+                    "text. Correct it."
+                )
+        sentences.append(tuple(words))
+    return sentences
+
+
+def checked_tags(table: SourceTable, column: str, words: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return the names of the tags of each row of a table.
+
+    Args:
+        table: Columns of a source.
+        column: The name of the column of tags, which are names, or indices of the table's classes.
+        words: The words of each row.
+
+    Raises:
+        DataError: A value is not a list of tags, or not one tag per word.
+    """
+    classes = table.classes.get(column)
+    sentences = []
+    for row, tags, sentence in zip(table.row_numbers, table.columns[column], words, strict=True):
+        if not isinstance(tags, list | tuple):
+            raise DataError(
+                f"{table.source}, row {row}: column {column!r} holds {tags!r:.80}, not a list of tags. Write a list in "
+                "JSON lines, Parquet or a CoNLL file."
+            )
+        if len(tags) != len(sentence):
+            raise DataError(
+                f"{table.source}, row {row}: has {len(sentence)} words but {len(tags)} tags. Give every word a tag."
+            )
+        names = []
+        for index, tag in enumerate(tags):
+            is_class = classes is not None and isinstance(tag, int) and 0 <= tag < len(classes)
+            name = classes[tag] if classes is not None and is_class else tag
+            if not isinstance(name, str) or not name:
+                raise DataError(
+                    f"{table.source}, row {row}, word {index + 1} ({sentence[index]!r:.60}): the tag {tag!r:.60} is "
+                    "not a name. Write tags as text, such as B-PER, or name the classes in the data set."
+                )
+            names.append(name)
+        sentences.append(names)
+    return sentences
+
+
+def encode_words(
+    split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[Columns, list[list[int]], list[list[int]], int]:
+    """Tokenise sentences, and find the first token of each word.
+
+    Words are joined by spaces, as in text: tokenizers of bytes and of SentencePiece divide a word differently if no
+    space precedes it.
+
+    Args:
+        split: The sentences.
+        tokenizer: The tokenizer of the base.
+        max_length: The number of tokens to truncate sentences to.
+
+    Returns:
+        The model's inputs; for each sentence, the token indices of words, and the indices of these words; and the
+        number of words that were cut off. Words of which the tokenizer makes no token have none.
+
+    Raises:
+        DataError: The tokenizer makes no token of any word of a sentence.
+    """
+    encode: Any = _encode_text if tokenizer.is_fast else _encode_words_separately
+    columns: Columns = {}
+    all_tokens, all_words = [], []
+    num_cut_words = 0
+    for row, words in zip(split.row_numbers.tolist(), split.inputs, strict=True):
+        inputs, first_tokens = encode(words, tokenizer, max_length)
+        if not first_tokens:
+            raise DataError(
+                f"{split.source}, row {row}: the tokenizer makes no token of any of the words, so a model has nothing "
+                "to read. Remove the row."
+            )
+        for name, ids in inputs.items():
+            columns.setdefault(name, []).append(ids)
+        all_words.append(list(first_tokens))
+        all_tokens.append(list(first_tokens.values()))
+        if len(inputs["input_ids"]) >= max_length:
+            num_cut_words += len(words) - 1 - max(first_tokens)
+    return columns, all_tokens, all_words, num_cut_words
+
+
+def _encode_text(
+    words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[dict[str, list[int]], dict[int, int]]:
+    """Tokenise the text of words; return the inputs, and the first token of each word by the word's index."""
+    encoded: Any = tokenizer(
+        " ".join(words),
+        truncation=True,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_offsets_mapping=True,
+    )
+    word_of_character: list[int | None] = []
+    for index, word in enumerate(words):
+        word_of_character += [None if character.isspace() else index for character in word]
+        word_of_character.append(None)
+    first_tokens: dict[int, int] = {}
+    for token, (start, end) in enumerate(encoded["offset_mapping"]):
+        for word_index in word_of_character[start:end]:
+            if word_index is not None:
+                first_tokens.setdefault(word_index, token)
+    inputs = {name: list(ids) for name, ids in encoded.items() if name != "offset_mapping"}
+    return inputs, first_tokens
+
+
+def _encode_words_separately(
+    words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[dict[str, list[int]], dict[int, int]]:
+    """Tokenise words by a tokenizer that does not relate tokens to characters; see `_encode_text`."""
+    content: list[int] = []
+    starts: dict[int, int] = {}
+    limit = max_length - tokenizer.num_special_tokens_to_add()
+    for index, word in enumerate(words):
+        ids: Any = tokenizer(f" {word}" if index else word, add_special_tokens=False)["input_ids"]
+        if ids and len(content) < limit:
+            starts[index] = len(content)
+        content += ids
+    input_ids: list[int] = tokenizer.build_inputs_with_special_tokens(content[:limit])
+    num_before = next(
+        i for i in range(len(input_ids) + 1) if input_ids[i : i + len(content[:limit])] == content[:limit]
+    )
+    inputs = {"input_ids": input_ids}
+    if "token_type_ids" in tokenizer.model_input_names:
+        inputs["token_type_ids"] = [0] * len(input_ids)
+    return inputs, {index: num_before + start for index, start in starts.items()}
