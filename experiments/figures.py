@@ -258,7 +258,6 @@ def _collect_provenance(grid: Grid, outcomes: list[Outcome]) -> dict[str, Any]:
                 "metric": task.metric,
                 "max_length": task.max_length,
                 "labels": len(getattr(task, "labels", None) or ()),
-                **grid.recipe_changes.get(name, {}),
             }
             for name, task in grid.tasks.items()
         },

@@ -64,7 +64,6 @@ class Grid:
         regimes: The regimes; scratch in the first is the reference of all recoveries.
         seeds: The seeds with which every run is repeated.
         extra_entries: Methods with options or averaging, in addition to all methods with their defaults.
-        recipe_changes: By task, the fields of all recipes that differ for it.
     """
 
     out: Path
@@ -75,7 +74,6 @@ class Grid:
     regimes: tuple[Regime, ...]
     seeds: tuple[int, ...]
     extra_entries: tuple[Entry, ...] = ()
-    recipe_changes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def regime(self, name: str) -> Regime:
         """Return the regime of this name."""
@@ -142,14 +140,7 @@ def cell_entry(grid: Grid, cell: Cell) -> Entry:
 def cell_recipe(grid: Grid, cell: Cell) -> Recipe:
     """Return the recipe of a cell."""
     recipe = grid.regime(cell.regime).recipes[cell.kind]
-    changes = grid.recipe_changes.get(cell.task, {})
-    return dataclasses.replace(recipe, seed=cell.seed, average=cell_entry(grid, cell).average, **changes)
-
-
-def old_recipe(grid: Grid, task: str, kind: str, seed: int) -> Recipe:
-    """Return the recipe of the tuning on the old base for the runs with this seed."""
-    changes = grid.recipe_changes.get(task, {})
-    return dataclasses.replace(grid.old_recipes[kind], seed=seed + OLD_SEED_OFFSET, **changes)
+    return dataclasses.replace(recipe, seed=cell.seed, average=cell_entry(grid, cell).average)
 
 
 def cell_task(grid: Grid, cell: Cell) -> Task:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from tables import distinct_keys
-
-from regraft import Recipe
-
-RECIPE_FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
-"""The fields of recipes, by which the settings of a task tell how its recipes differ from those of the others."""
 
 
 def refusals_section(results: dict[str, Any]) -> str:
@@ -39,10 +33,6 @@ def provenance_section(results: dict[str, Any]) -> str:
             lines.append(
                 f"- {stage}, {kind}: {recipe['steps']} steps of {recipe['batch_size']}, rate {recipe['learning_rate']}"
             )
-    for task, settings in provenance["tasks"].items():
-        changes = {name: value for name, value in settings.items() if name in RECIPE_FIELDS}
-        if changes:
-            lines.append(f"- {task} with " + ", ".join(f"{name} {value}" for name, value in changes.items()))
     for versions in provenance["versions"]:
         lines.append("- " + ", ".join(f"{package} {version}" for package, version in sorted(versions.items())))
     return "## How it was made\n\n" + "\n".join(lines)

@@ -15,6 +15,7 @@ import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grid import (
+    OLD_SEED_OFFSET,
     cell_entry,
     cell_folder,
     cell_options,
@@ -23,7 +24,6 @@ from grid import (
     iterate_cells,
     needs_other_tasks,
     old_folder,
-    old_recipe,
 )
 
 from regraft import Base, Task, Upgrade, load_adaptation, load_outcome, recycle, tune
@@ -117,7 +117,7 @@ def check_recipes(grid: Grid) -> None:
     for cell in iterate_cells(grid):
         inputs_by_folder[cell_folder(grid, cell)] = (cell_recipe(grid, cell), cell_options(grid, cell))
         folder = old_folder(grid, cell.task, cell.kind, cell.seed)
-        inputs_by_folder[folder] = (old_recipe(grid, cell.task, cell.kind, cell.seed), None)
+        inputs_by_folder[folder] = (_old_recipe(grid, cell.kind, cell.seed), None)
     differing_folders = [
         folder
         for folder, (recipe, options) in inputs_by_folder.items()
@@ -128,6 +128,10 @@ def check_recipes(grid: Grid) -> None:
             f"{len(differing_folders)} outcomes were made by a different recipe or options from the experiment's, such "
             f"as {differing_folders[0]}. Remove them and run again."
         )
+
+
+def _old_recipe(grid: Grid, kind: str, seed: int) -> Recipe:
+    return dataclasses.replace(grid.old_recipes[kind], seed=seed + OLD_SEED_OFFSET)
 
 
 def _was_made_by(folder: Path, recipe: Recipe, options: Any) -> bool:
@@ -163,14 +167,13 @@ def tune_old_base(grid: Grid, task: str, kind: str, seed: int) -> str:
         grid: The experiment.
         task: The name of the task.
         kind: The kind of adaptation.
-        seed: The seed of the runs that use the tuning; the tuning's own is `grid.OLD_SEED_OFFSET` higher.
+        seed: The seed of the runs that use the tuning; the tuning's own is `OLD_SEED_OFFSET` higher.
 
     Returns:
         A line on the score.
     """
     folder = old_folder(grid, task, kind, seed)
-    recipe = old_recipe(grid, task, kind, seed)
-    outcome = tune(_load_base(grid.old_base), grid.tasks[task], folder, kind=kind, recipe=recipe)
+    outcome = tune(_load_base(grid.old_base), grid.tasks[task], folder, kind=kind, recipe=_old_recipe(grid, kind, seed))
     return f"test {outcome.scores['test']:.3f}"
 
 
