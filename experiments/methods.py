@@ -25,7 +25,8 @@ from methods_page import write_page
 from publish import run_experiment
 
 from regraft import Recipe, Task
-from regraft.demo.tasks import evaluation_files, write_task
+from regraft.demo.files import evaluation_files
+from regraft.demo.tasks import write_task
 from regraft.methods import methods
 
 OUT = Path("runs/experiments-methods")

