@@ -15,7 +15,7 @@ from tables import DIGITS
 
 from regraft import Upgrade, load_outcome
 from regraft.methods import methods
-from regraft.task import flips, recovery
+from regraft.task import count_flips, recovery
 from regraft.task.bootstrap import resampled_scores
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tables import Row
 
     from regraft import Outcome
+    from regraft.task import Metric
 
 INTERVAL = (0.025, 0.975)
 """The quantiles at the ends of a 95 % interval."""
@@ -127,7 +128,6 @@ def run_figures(outcome: Outcome, scratch: Outcome, reference: Outcome, old: Out
     recovery_share = recovery(scores.test, chance, reference_score)
     target_score = scratch.curve[-1]["score"]
     reached_step = next((point["step"] for point in outcome.curve if point["score"] >= target_score), None)
-    labels = read_test_labels(outcome)
     figures = {
         "test": scores.test,
         "dev": max(point["score"] for point in outcome.curve),
@@ -137,7 +137,7 @@ def run_figures(outcome: Outcome, scratch: Outcome, reference: Outcome, old: Out
         "headroom": reference_score - chance,
         "recovery": None if recovery_share is None else 100 * recovery_share,
         "share": None if reached_step is None else 100 * reached_step / scratch_cost.steps,
-        "negative_flips": flips(labels, old.predictions("test"), outcome.predictions("test")).negative_rate,
+        "negative_flips": count_flips(old.right("test"), outcome.right("test")).negative_rate,
     }
     for name in ("steps", "seconds", "labels"):
         amount, scratch_amount = getattr(cost, name), getattr(scratch_cost, name)
@@ -148,17 +148,17 @@ def run_figures(outcome: Outcome, scratch: Outcome, reference: Outcome, old: Out
     return rounded | {name: notes[name] for name in ("chosen", "why") if name in notes}
 
 
-def read_test_labels(outcome: Outcome) -> list[int]:
-    """Read the true class of each test example, in the order of the predictions."""
+def read_test_labels(outcome: Outcome) -> list[Any]:
+    """Read the label of each test example, in the order of the predictions."""
     lines = (outcome.path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     return [row["label"] for row in map(json.loads, lines) if row["split"] == "test"]
 
 
 def bootstrap_difference(
-    metric: str,
-    labels: Sequence[int],
-    predictions: Sequence[Sequence[int]],
-    reference_predictions: Sequence[Sequence[int]],
+    metric: Metric | str,
+    labels: Sequence[Any],
+    predictions: Sequence[Sequence[Any]],
+    reference_predictions: Sequence[Sequence[Any]],
     seed: int = 0,
 ) -> dict[str, float]:
     """Compute the difference of two methods' mean scores over seeds, with a 95 % interval by the paired bootstrap.
@@ -167,9 +167,9 @@ def bootstrap_difference(
     difference depends on the examples; the standard deviation over seeds measures how much it depends on the runs.
 
     Args:
-        metric: The name of the task's metric.
-        labels: The true class of each example.
-        predictions: The predicted class of each example by a method, one row per seed.
+        metric: The task's metric, or its name.
+        labels: The target of each example.
+        predictions: The prediction for each example by a method, one row per seed.
         reference_predictions: The same by the reference method.
         seed: The seed of the resampling.
 
@@ -211,11 +211,12 @@ def _collect_differences(grid: Grid, outcomes: dict[Cell, Outcome]) -> list[Row]
         if method_outcomes:
             row = dataclasses.asdict(cell) | {"against": reference, "seeds": len(method_outcomes)}
             del row["seed"]
+            task = grid.tasks[cell.task]
             difference = bootstrap_difference(
-                method_outcomes[0].record.task.metric,
-                read_test_labels(method_outcomes[0]),
-                [outcome.predictions("test") for outcome in method_outcomes],
-                [outcome.predictions("test") for outcome in reference_outcomes],
+                task.scoring,
+                task.as_targets(read_test_labels(method_outcomes[0])),
+                [task.as_targets(outcome.predictions("test")) for outcome in method_outcomes],
+                [task.as_targets(outcome.predictions("test")) for outcome in reference_outcomes],
             )
             rows.append(row | difference)
     return rows
@@ -228,7 +229,7 @@ def _collect_noise(outcomes: dict[Cell, Outcome]) -> list[Row]:
     for cell in dict.fromkeys(map(_without_seed, scratch)):
         repetitions = [outcome for seed_cell, outcome in scratch.items() if _without_seed(seed_cell) == cell]
         rates = [
-            flips(read_test_labels(first), first.predictions("test"), second.predictions("test")).negative_rate
+            count_flips(first.right("test"), second.right("test")).negative_rate
             for first, second in itertools.permutations(repetitions, 2)
         ]
         if rates:
@@ -253,7 +254,11 @@ def _collect_provenance(grid: Grid, outcomes: list[Outcome]) -> dict[str, Any]:
             for regime in grid.regimes
         ],
         "tasks": {
-            name: {"metric": task.metric, "max_length": task.max_length, "labels": len(task.labels or ())}
+            name: {
+                "metric": task.metric,
+                "max_length": task.max_length,
+                "labels": len(getattr(task, "labels", None) or ()),
+            }
             for name, task in grid.tasks.items()
         },
     }

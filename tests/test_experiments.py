@@ -342,6 +342,20 @@ def test_the_page_has_values_computed_by_hand():
     assert any(line.startswith(baselines) for line in lines)
 
 
+def test_the_page_of_task_types_has_scores_recoveries_flips_and_costs_by_task():
+    task_types = importlib.import_module("task_types")
+    results = make_results()
+    results["made"]["tasks"] = {"mood": {"metric": "pearson", "max_length": 8, "labels": 0}}
+    results["runs"] = [run for run in results["runs"] if run["regime"] == "all"]
+    page = task_types.write_types_page(results, " A remark.")
+    lines = page.splitlines()
+    assert "are wrong now. A remark." in page
+    assert "Guessing 0.500, the old deployment 0.900 ± 0.000 on test." in lines
+    assert "| method | heavy: pearson | recovery % | negative flips % | steps | seconds |" in lines
+    assert "| direct | 0.750 ± 0.071 | 62 ± 18 | 10.0 ± 0.0 | 0 | 2 |" in lines
+    assert "What was aimed at" not in page
+
+
 def test_targets_are_judged_as_by_hand():
     training_free, speed, few_labels, final_score, auto = targets.judge_targets(make_results())
     assert training_free.is_reached

@@ -12,8 +12,17 @@ FULL_OUT = Path("runs/demo-full")
 
 
 def demo(
-    out: Annotated[Path | None, typer.Option(help=f"Output folder; by default {OUT}, with --full {FULL_OUT}.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="All tasks, three seeds, longer training (hours).")] = False,
+    task: Annotated[
+        str | None,
+        typer.Option(help="The task to run; by default section-role, with --full all tasks.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help=f"Output folder; by default {OUT}, with --full {FULL_OUT}, with --task TASK {OUT}-TASK."),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="All examples and tasks, three seeds, longer training (hours).")
+    ] = False,
 ) -> None:
     """Upgrade a real base, tune on the old one, recycle by several methods, and compare."""
     from regraft.cli.check import print_check
@@ -22,6 +31,10 @@ def demo(
     from regraft.demo import run
 
     size, default_out = (run.FULL, FULL_OUT) if full else (run.SHORT, OUT)
+    if task is not None:
+        size = size.with_task(task)
+        # a folder per task, because the corpus of a new base leaves out the texts that its tasks are evaluated on
+        default_out = default_out.with_name(f"{default_out.name}-{task}")
     with show_progress() as progress:
         for check, comparison in run.demo(out or default_out, size, progress):
             print_check(check)

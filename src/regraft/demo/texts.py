@@ -23,17 +23,29 @@ MAX_CHARACTERS = 1_500
 """The number of characters to which texts are cut in the tasks of news outlets and licences: more than the 256 tokens
 that a model reads of them."""
 
+WINDOW_WORDS = 24
+"""The number of words of a window of a notice: with the parts of its links, about as many as fit into 64 tokens."""
+PHRASE_TAG, INNER_TAG, OUTSIDE_TAG = "B-KEY", "I-KEY", "O"
+"""The IOB2 tags of a phrase's first word, of its other words, and of words outside phrases."""
+
 _NOTICE = re.compile(r"copyright|©|\(c\)\s*\d{4}|all rights reserved", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z(\[])")
+_MARKED_PHRASE = re.compile(r"(\{\{.*?\}\})")
 _FRONT_MATTER = re.compile(r"\A---[ ]*\r?\n(.*?)^---[ ]*\r?$", re.MULTILINE | re.DOTALL)
 _FIELD = re.compile(r"^(\w+): *(.*?)\s*$", re.MULTILINE)
 
 
 class Abstract(NamedTuple):
-    """A MEDLINE abstract: its PMID and its sections, each a category ("" if none) and a text."""
+    """A MEDLINE abstract: its PMID, its sections, each a category ("" if none) and a text, and its MeSH headings."""
 
     pmid: str
     sections: list[tuple[str, str]]
+    headings: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return " ".join(text for _, text in self.sections)
 
 
 class Review(NamedTuple):
@@ -45,7 +57,10 @@ class Review(NamedTuple):
 
 
 class Licence(NamedTuple):
-    """A licence, or a notice that refers to one: the text, the licence's key and its category ("" if unknown)."""
+    """A licence, or a notice that refers to one: the text, the licence's key and its category ("" if unknown).
+
+    Notices mark phrases as `{{…}}`: a text without them is not recognised as that notice.
+    """
 
     text: str
     key: str
@@ -82,6 +97,41 @@ def sentences(text: str) -> list[str]:
     return _SENTENCE_END.split(text)
 
 
+def has_marked_phrase(text: str) -> bool:
+    """Return whether a phrase of a text is marked as `{{…}}`.
+
+    Args:
+        text: A text on one line.
+    """
+    return _MARKED_PHRASE.search(text) is not None
+
+
+def windows(text: str) -> Iterator[list[tuple[str, str]]]:
+    """Cut a text whose phrases may be marked as `{{…}}` into windows of `WINDOW_WORDS` words, without the marks.
+
+    Args:
+        text: A text on one line.
+
+    Yields:
+        The words of a window, each with its tag. No phrase is divided: a window ends before a phrase that does not fit,
+        and is longer if the phrase alone does not fit.
+    """
+    window: list[tuple[str, str]] = []
+    for index, part in enumerate(_MARKED_PHRASE.split(text)):
+        if index % 2:  # a phrase, since the pattern has one group
+            words = part[2:-2].split()
+            units = [list(zip(words, [PHRASE_TAG, *[INNER_TAG] * (len(words) - 1)], strict=True))] if words else []
+        else:
+            units = [[(word, OUTSIDE_TAG)] for word in part.split()]
+        for unit in units:
+            if window and len(window) + len(unit) > WINDOW_WORDS:
+                yield window
+                window = []
+            window += unit
+    if window:
+        yield window
+
+
 def abstracts(wheel: Path, member: str) -> Iterator[Abstract]:
     """Read the abstracts of a gzipped MEDLINE file, one record in memory at a time.
 
@@ -101,7 +151,9 @@ def abstracts(wheel: Path, member: str) -> Iterator[Abstract]:
                 parts = abstract.findall("AbstractText")
                 sections = [(part.get("NlmCategory", ""), clean("".join(part.itertext()))) for part in parts]
                 if not any(_NOTICE.search(text) for _, text in sections):
-                    yield Abstract(element.findtext("MedlineCitation/PMID", ""), sections)
+                    headings = element.iterfind("MedlineCitation/MeshHeadingList/MeshHeading/DescriptorName")
+                    names = tuple(heading.text or "" for heading in headings)
+                    yield Abstract(element.findtext("MedlineCitation/PMID", ""), sections, names)
             element.clear()
 
 
