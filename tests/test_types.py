@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import warnings
@@ -29,6 +30,7 @@ from regraft.task.bootstrap import resampled_scores
 from regraft.task.types import ModelPredictions, MultiLabelClassification, Scatter, Signal, TextRegression
 from regraft.task.types.likelihood import BERNOULLI, Normal
 from regraft.task.types.text_regression import MAX_POINTS
+from regraft.tuning import fresh_scaled_model
 
 LONG = Recipe(steps=120, batch_size=16, learning_rate=5e-3, eval_every=40, save_every=120, precision="fp32")
 SHORT = Recipe(steps=4, batch_size=16, learning_rate=1e-3, eval_every=2, save_every=4, precision="fp32")
@@ -515,3 +517,25 @@ def test_an_upgrade_of_a_multi_label_head_by_label_names(bases, tasks, tmp_path:
 
 def test_types_are_exported() -> None:
     assert (MultiLabelClassification.type_name(), TextRegression.type_name()) == tuple(KEYS)
+
+
+@pytest.mark.parametrize(("architecture", "has_bias"), [("bert", True), ("llama", False)])
+def test_a_fresh_head_begins_at_the_frequencies_of_the_labels(opened_bases, architecture, has_bias):
+    targets = np.array([[1, 0], [1, 0], [1, 1], [0, 0]])
+    split = Split("train", "train.csv", [("good",)] * 4, targets, np.arange(1, 5))
+    values = {
+        "type": "multi-label-classification",
+        "name": "t",
+        "train": "train.csv",
+        "text": "text",
+        "label": "labels",
+    }
+    data = TaskData(Task.from_mapping(values, "task"), ("a", "b"), split, split, None, 0)
+    base = opened_bases[architecture][0]
+    head, untuned_head = (
+        fresh_scaled_model(base, each, 3).state_dict() for each in (data, dataclasses.replace(data, labelled=False))
+    )
+    different = [name for name in head if not torch.equal(head[name], untuned_head[name])]
+    assert different == (["classifier.bias"] if has_bias else [])
+    if has_bias:
+        torch.testing.assert_close(head["classifier.bias"], torch.tensor([3.5 / 1.5, 1.5 / 3.5]).log())

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from regraft.base import Base
     from regraft.task import TaskData
+    from regraft.task.metric import Floats
 
 _PEFT_NAME_PARTS = re.compile(r"^base_model\.model\.|modules_to_save\.\w+\.")
 """The parts that PEFT adds to the names of a model's heads."""
@@ -91,11 +92,12 @@ def restore_output_units(model: nn.Module, base: Base, data: TaskData) -> None:
 
 
 def fresh_scaled_model(base: Base, data: TaskData, seed: int) -> Any:
-    """Build a base with a fresh head whose outputs have the mean and the scale of the targets.
+    """Build a base with a fresh head whose outputs begin where the task type says, in the units of the targets.
 
     Args:
         base: The base.
-        data: The task's data; if the task type does not scale its targets, the head is as `fresh_model` builds it.
+        data: The task's data. If its type neither scales its targets nor has `initial_outputs`, the head is as
+            `fresh_model` builds it.
         seed: The seed of the head's initialisation.
 
     Returns:
@@ -106,6 +108,9 @@ def fresh_scaled_model(base: Base, data: TaskData, seed: int) -> Any:
         MismatchError: The head has no bias, and the mean of the targets is too far from 0 to be learnt without.
     """
     model = fresh_model(base, data.head, seed)
+    initial_outputs = data.task.initial_outputs(data.train.targets) if data.labelled else None
+    if initial_outputs is not None:
+        _set_biases(model, base, data, initial_outputs)
     scaling = data.task.target_scaling(data.train.targets)
     if scaling is None:
         return model
@@ -116,6 +121,16 @@ def fresh_scaled_model(base: Base, data: TaskData, seed: int) -> Any:
         for layer in unbiased_layers:
             _fit_mean(model, layer, base, data, *scaling)
     return model.cpu()
+
+
+def _set_biases(model: nn.Module, base: Base, data: TaskData, biases: Floats) -> None:
+    """Set the biases of the output layers that have some, one value per output."""
+    import torch
+
+    with torch.no_grad():
+        for layer in _output_layers(model, base, data):
+            if layer.bias is not None:
+                layer.bias.copy_(torch.as_tensor(biases))
 
 
 def _fit_mean(model: nn.Module, layer: nn.Linear, base: Base, data: TaskData, mean: float, scale: float) -> None:

@@ -30,6 +30,7 @@ from regraft.task.types.texts import ColumnName, TextTask
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from regraft.task.metric import Floats
     from regraft.task.source import SourceTable
     from regraft.task.split import Integers, Targets
     from regraft.task.types.view import ModelPredictions, View
@@ -134,6 +135,17 @@ class MultiLabelClassification(TextTask):
     def sample_counts(self, size: int, stratum_sizes: Sequence[int]) -> list[int]:
         """Draw whole strata that are smaller, because an example of them has other labels too; see `Task`."""
         return [min(size, available) for available in stratum_sizes]
+
+    def initial_outputs(self, targets: Targets) -> Floats:
+        """Return the log-odds of the labels' frequencies; see `Task.initial_outputs`.
+
+        From outputs of 0, the first steps would only learn that most labels are rare, and could destroy a base's
+        features before anything else is learnt. Source: Lin et al., 2017 (arXiv:1708.02002), section 3.3.
+        """
+        import numpy as np
+
+        counts = targets.sum(axis=0)
+        return np.asarray(np.log((counts + 0.5) / (len(targets) - counts + 0.5)))
 
     def chance_prediction(self, targets: Targets, labels: Sequence[str]) -> list[int]:
         """Return the set of labels with the best micro F1 on the training examples; see `Task.chance_prediction`.

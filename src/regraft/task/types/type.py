@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from regraft.task.metric import Floats
     from regraft.task.source import SourceTable
     from regraft.task.split import Integers, Split, Targets
     from regraft.task.types.examples import Examples
@@ -113,6 +114,17 @@ class Task(TaskViews, ABC):
         Returns:
             The value in target units that an output of 0 stands for, and the size of one output unit in target units;
             None if models are trained in target units.
+        """
+        return None
+
+    def initial_outputs(self, targets: Targets) -> Floats | None:
+        """Return the outputs that a fresh head begins with for every input, as the biases of its last layer.
+
+        Args:
+            targets: The training targets.
+
+        Returns:
+            One value per output; None to begin near 0. A head without biases begins near 0.
         """
         return None
 
