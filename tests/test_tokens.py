@@ -34,9 +34,10 @@ from transformers import AutoModelForTokenClassification, PreTrainedTokenizerFas
 
 from regraft import Base, Task, load_adaptation, load_outcome
 from regraft.adaptation import load_model
-from regraft.errors import CheckpointError, DataError, MismatchError
+from regraft.errors import CheckpointError, DataError, KindError, MismatchError
 from regraft.methods import tune
 from regraft.model import Deployment, match_labels
+from regraft.model.examples import check_rows
 from regraft.model.outputs import forward
 from regraft.task import Head, HubSplit, chance_score, load_data, paired_difference, read_task, score
 from regraft.task.bootstrap import resampled_scores
@@ -397,6 +398,15 @@ def test_words_without_tokens_and_words_that_are_cut_off_count_as_outside(tmp_pa
     with pytest.raises(DataError, match="row 1: the tokenizer makes no token of any of the words"):
         empty = read_rows(tmp_path, [{"words": ["\u200b"], "tags": ["B-PER"]}] * 2, labels=TAGS)
         empty.task.encode(empty.train, tokenizer, 0, 9)
+
+
+def test_bases_with_rows_for_different_words_are_not_compared(tmp_path):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_wordpiece(), pad_token="<pad>", model_max_length=64)
+    data = read_rows(tmp_path, make_rows(4), labels=TAGS_OF_ROWS)
+    whole, cut = (data.task.encode(data.train, tokenizer, 0, length) for length in (64, 3))
+    check_rows(whole, whole, data.train)
+    with pytest.raises(KindError, match="row 1: the tokenizers of the two bases cut off different words"):
+        check_rows(whole, cut, data.train)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "llama"])
