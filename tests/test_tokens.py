@@ -400,6 +400,17 @@ def test_words_without_tokens_and_words_that_are_cut_off_count_as_outside(tmp_pa
         empty.task.encode(empty.train, tokenizer, 0, 9)
 
 
+def test_tokenizers_that_do_not_relate_tokens_to_characters_encode_word_by_word(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "##ish", "bad"]))
+    tokenizer = transformers.BertTokenizerLegacy(str(tmp_path / "vocab.txt"))
+    assert not tokenizer.is_fast
+    rows = [{"words": ["goodish", "\u200b", "bad", "good"], "tags": ["B-PER", "O", "O", "O"]}, *ROWS]
+    data = read_rows(tmp_path, rows, labels=TAGS)
+    examples = data.task.encode(data.train, tokenizer, 0, 5)
+    assert examples.columns["input_ids"][0] == [2, 4, 5, 6, 3]
+    assert (examples.words[0], examples.tokens[0]) == ([0, 2], [1, 3])
+
+
 def test_bases_with_rows_for_different_words_are_not_compared(tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_wordpiece(), pad_token="<pad>", model_max_length=64)
     data = read_rows(tmp_path, make_rows(4), labels=TAGS_OF_ROWS)
