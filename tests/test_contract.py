@@ -534,9 +534,9 @@ def compute_logits_without_regraft(folder: Path, base: Base, examples: Examples,
         outputs = [model(**{name: batch[name] for name in examples.columns}).logits for batch in batches]
     if examples.tokens is None:
         return torch.cat(outputs)
-    # the logits of virtual tokens come first
-    logits = [output[0, -int(length) :] for output, length in zip(outputs, examples.lengths, strict=False)]
-    return torch.cat([token_logits[tokens] for token_logits, tokens in zip(logits, examples.tokens, strict=False)])
+    # PEFT returns logits at the virtual tokens too, which come first
+    own_outputs = [output[0, -length:] for output, length in zip(outputs, examples.lengths.tolist(), strict=False)]
+    return torch.cat([logits[tokens] for logits, tokens in zip(own_outputs, examples.tokens, strict=False)])
 
 
 def test_every_kind_loads_as_it_was_saved(builder, architecture, kind, task_type):

@@ -28,19 +28,21 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval import scheme as seqeval_schemes
-from seqeval.metrics import accuracy_score, f1_score
+from seqeval.metrics import accuracy_score, classification_report, f1_score
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerFast
 
 from regraft import Base, Task, load_adaptation, load_outcome
 from regraft.adaptation import load_model
-from regraft.errors import CheckpointError, DataError, MismatchError
+from regraft.errors import CheckpointError, DataError, KindError, MismatchError
 from regraft.methods import tune
 from regraft.model import Deployment, match_labels
+from regraft.model.examples import check_rows
 from regraft.model.outputs import forward
 from regraft.task import Head, HubSplit, chance_score, load_data, paired_difference, read_task, score
 from regraft.task.bootstrap import resampled_scores
-from regraft.task.split import object_array
+from regraft.task.split import Split, object_array
+from regraft.task.types import ModelPredictions, Span
 from regraft.task.types.span_metrics import SPAN_F1, span_f1
 from regraft.task.types.tagging import SCHEMES, TaggedSpan, detect_scheme
 from regraft.task.types.token_classification import TokenClassification
@@ -308,6 +310,49 @@ def test_labels_in_another_order_are_matched(tmp_path):
     assert matched.task.describe(matched.train.targets[1], matched.labels) == "O"
 
 
+# Views
+
+
+@settings(max_examples=30)
+@given(tag_sequences(), st.randoms(use_true_random=False))
+def test_views_compare_two_taggers(drawn, rng):
+    name, targets, predictions = drawn
+    scheme = SCHEMES[name]
+    labels = ["O", *(tag for kind in ("A", "B", "") for tag in scheme.tags_of_type(kind))]
+    task = make_task("a.jsonl", output_scheme=name)
+    target_array, old = ([[labels.index(tag) for tag in tags] for tags in side] for side in (targets, predictions))
+    new = [list(tags) if rng.random() < 0.5 else list(target) for tags, target in zip(old, target_array, strict=True)]
+    split = Split("dev", "a", [["w"] * len(tags) for tags in targets], object_array(target_array), np.arange(len(old)))
+    models = [ModelPredictions(tags, [0.5] * len(old), task.right(split.targets, tags)) for tags in (old, new)]
+    table, calibration = task.comparison_views(split.targets, *models, labels)
+    assert calibration.name == "calibration"
+    after = [[labels[tag] for tag in tags] for tags in new]
+    for column, tags in ((2, predictions), (3, after)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            report = classification_report(
+                targets, tags, mode="strict", scheme=getattr(seqeval_schemes, name), output_dict=True, zero_division=0
+            )
+        for row in table.rows:
+            expected = report.get("_" if row[0] == "span" else row[0], {"f1-score": 0.0})
+            assert row[column] == pytest.approx(expected["f1-score"])
+    num_flips = sum(first != second for first, second in zip(models[0].right, models[1].right, strict=True))
+    views = task.flip_views(split, *models, labels)
+    assert sum(len(view.texts) for view in views) == 3 * min(num_flips, 5)
+
+
+def test_flipped_sentences_are_shown_with_their_tags(tmp_path):
+    data = read_rows(tmp_path, ROWS)
+    old = ModelPredictions(data.dev.targets.tolist(), None, [True, True])
+    new = ModelPredictions([[3, 4, 0, 0], [0]], None, [False, True])
+    (view,) = data.task.flip_views(data.dev, old, new, data.labels)
+    assert "".join(f"{s.text}/{s.mark}" if s.mark else s.text for s in view.texts[0]) == (
+        "row 1, true: Ada/B-PER Lovelace/I-PER met Paris/B-LOC"
+    )
+    assert view.texts[2][0].text == "row 1, after: "
+    assert view.texts[2][-1] == Span("Paris")
+
+
 # Tokens
 
 
@@ -397,6 +442,26 @@ def test_words_without_tokens_and_words_that_are_cut_off_count_as_outside(tmp_pa
     with pytest.raises(DataError, match="row 1: the tokenizer makes no token of any of the words"):
         empty = read_rows(tmp_path, [{"words": ["\u200b"], "tags": ["B-PER"]}] * 2, labels=TAGS)
         empty.task.encode(empty.train, tokenizer, 0, 9)
+
+
+def test_tokenizers_that_do_not_relate_tokens_to_characters_encode_word_by_word(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "##ish", "bad"]))
+    tokenizer = transformers.BertTokenizerLegacy(str(tmp_path / "vocab.txt"))
+    assert not tokenizer.is_fast
+    rows = [{"words": ["goodish", "\u200b", "bad", "good"], "tags": ["B-PER", "O", "O", "O"]}, *ROWS]
+    data = read_rows(tmp_path, rows, labels=TAGS)
+    examples = data.task.encode(data.train, tokenizer, 0, 5)
+    assert examples.columns["input_ids"][0] == [2, 4, 5, 6, 3]
+    assert (examples.words[0], examples.tokens[0]) == ([0, 2], [1, 3])
+
+
+def test_bases_with_rows_for_different_words_are_not_compared(tmp_path):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_wordpiece(), pad_token="<pad>", model_max_length=64)
+    data = read_rows(tmp_path, make_rows(4), labels=TAGS_OF_ROWS)
+    whole, cut = (data.task.encode(data.train, tokenizer, 0, length) for length in (64, 3))
+    check_rows(whole, whole, data.train)
+    with pytest.raises(KindError, match="row 1: the tokenizers of the two bases cut off different words"):
+        check_rows(whole, cut, data.train)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "llama"])

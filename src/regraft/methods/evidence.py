@@ -67,9 +67,12 @@ def sample_evidence(job: Job, examples_per_stratum: int, min_confidence: float =
         on none.
 
     Raises:
+        KindError: The old and the new base have rows for different words.
         RecipeError: A confidence is required, and the task's outputs have none.
     """
     import numpy as np
+
+    from regraft.model.examples import check_rows, encode
 
     data = job.data
     if examples_per_stratum:
@@ -91,5 +94,7 @@ def sample_evidence(job: Job, examples_per_stratum: int, min_confidence: float =
             raise RecipeError(f"the outputs of a {data.task.type} have no confidence. Leave out the option confidence.")
         old_confidence = [1.0] * len(split)
     confident = np.flatnonzero(np.array(old_confidence, dtype=np.float32) >= min_confidence)
-    rows = old.examples(split).rows(confident.tolist())
+    old_examples = old.examples(split)
+    check_rows(old_examples, encode(job.upgrade.new, data, split), split)
+    rows = old_examples.rows(confident.tolist())
     return Evidence(split.take(confident), data.likelihood, old.signal(split).take(rows, old.outputs(split)))

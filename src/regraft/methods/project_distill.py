@@ -223,6 +223,7 @@ def _prepare(job: Job, pair: str, index: int, layout: Vector, loss_options: Dist
     from regraft.adaptation import load_adaptation, load_model, write_graft
     from regraft.methods.pairs import load_with_layout, split_pair
     from regraft.model import Deployment, match_labels
+    from regraft.model.examples import check_rows
     from regraft.task import load_data
     from regraft.tuning import plan_order
     from regraft.tuning.distill import compute_teacher_outputs
@@ -240,6 +241,7 @@ def _prepare(job: Job, pair: str, index: int, layout: Vector, loss_options: Dist
     examples = student.examples(data.train)
     order = plan_order(examples.lengths, job.recipe.batch_size, steps, job.recipe.seed)
     teacher = Deployment(load_model(adaptation, old, data.head), old, data, precision, job.progress)
+    check_rows(teacher.examples(data.train), examples, data.train)
     teacher_outputs = compute_teacher_outputs(teacher, data.train, order, loss_options, task_folder)
     return _Task(_flatten(vector), student.model, examples, teacher_outputs, order.tolist(), data.likelihood)
 

@@ -46,6 +46,28 @@ def encode(base: Base, data: TaskData, split: Split) -> Examples:
     return examples
 
 
+def check_rows(old_examples: Examples, new_examples: Examples, split: Split) -> None:
+    """Refuse a split of which two bases have rows for different words, so that their outputs cannot be compared.
+
+    Args:
+        old_examples: The split, tokenised for the old base.
+        new_examples: The same split, tokenised for the new base.
+        split: The split, for the message.
+
+    Raises:
+        KindError: The rows stand for different words.
+    """
+    if old_examples.words == new_examples.words:
+        return
+    pairs = zip(old_examples.words or (), new_examples.words or (), strict=True)
+    index = next(i for i, (old_words, new_words) in enumerate(pairs) if old_words != new_words)
+    raise KindError(
+        f"{split.source}, row {split.row_numbers[index]}: the tokenizers of the two bases cut off different words, or "
+        "make no token of different words, but this method compares the two models word by word. Raise max_length, "
+        "divide long sentences, or use direct or init."
+    )
+
+
 def encode_aligned(upgrade: Upgrade, data: TaskData, split: Split) -> tuple[Examples, Examples]:
     """Tokenise a split for both bases of an upgrade, without the examples whose tokens differ between the bases.
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from regraft.model import Deployment
+from regraft.model.examples import check_rows
 from regraft.model.outputs import forward
 from regraft.tuning.anchor import Anchoring, anchored_objective, fisher_information
 from regraft.tuning.distill import Distillation, compute_teacher_outputs, distillation_objective
@@ -107,7 +108,7 @@ def tune_model(
     objective = label_objective(likelihood)
     teacher_signal: Signal | None = None
     if teacher:
-        objective, teacher_signal = _distillation(teacher, data, order, recipe, work_folder, progress)
+        objective, teacher_signal = _distillation(teacher, student, order, recipe, work_folder, progress)
 
     def evaluate(current_model: nn.Module) -> dict[str, float]:
         student.model = current_model
@@ -138,16 +139,19 @@ def tune_model(
 
 
 def _distillation(
-    teacher: Teacher, data: TaskData, order: Integers, recipe: Recipe, work_folder: Path, progress: Progress
+    teacher: Teacher, student: Deployment, order: Integers, recipe: Recipe, work_folder: Path, progress: Progress
 ) -> tuple[Objective, Signal | None]:
     """Run a teacher; return the distillation objective, and the teacher's signal on dev if it selects the best weights.
 
     A teacher whose weights are interpolated with the student's stays on the device, in standardised units; any other
     teacher is moved to the CPU.
     """
+    data = student.data
     steps = recipe.num_steps
     options = teacher.options
     old = Deployment(teacher.model, teacher.base, data, recipe.precision, progress)
+    for split in (data.train, data.dev) if teacher.selects_best else (data.train,):
+        check_rows(old.examples(split), student.examples(split), split)
     outputs = compute_teacher_outputs(old, data.train, order, options, work_folder)
     dev_signal = old.signal(data.dev) if teacher.selects_best else None
     if isinstance(options, Interpolation):

@@ -8,7 +8,7 @@ from regraft.errors import DataError
 from regraft.task.file import is_unicode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -105,12 +105,12 @@ def encode_words(
     Raises:
         DataError: The tokenizer makes no token of any word of a sentence.
     """
-    encode: Any = _encode_text if tokenizer.is_fast else _encode_words_separately
+    encode: Any = _encode_texts if tokenizer.is_fast else _encode_words_separately
     columns: Columns = {}
     all_tokens, all_words = [], []
     num_cut_words = 0
-    for row, words in zip(split.row_numbers.tolist(), split.inputs, strict=True):
-        inputs, first_tokens = encode(words, tokenizer, max_length)
+    encoded: Iterator[tuple[dict[str, list[int]], dict[int, int]]] = encode(split.inputs, tokenizer, max_length)
+    for row, words, (inputs, first_tokens) in zip(split.row_numbers.tolist(), split.inputs, encoded, strict=True):
         if not first_tokens:
             raise DataError(
                 f"{split.source}, row {row}: the tokenizer makes no token of any of the words, so a model has nothing "
@@ -125,47 +125,57 @@ def encode_words(
     return columns, all_tokens, all_words, num_cut_words
 
 
-def _encode_text(
-    words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[dict[str, list[int]], dict[int, int]]:
-    """Tokenise the text of words; return the inputs, and the first token of each word by the word's index."""
+def _encode_texts(
+    sentences: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[tuple[dict[str, list[int]], dict[int, int]]]:
+    """Tokenise the texts of sentences.
+
+    Args:
+        sentences: The words of each sentence.
+        tokenizer: A tokenizer that relates tokens to characters.
+        max_length: The number of tokens to truncate sentences to.
+
+    Yields:
+        For each sentence, the model's inputs, and the index of the first token of each word by the word's index.
+    """
     encoded: Any = tokenizer(
-        " ".join(words),
+        [" ".join(words) for words in sentences],
         truncation=True,
         max_length=max_length,
         return_attention_mask=False,
         return_offsets_mapping=True,
     )
-    word_of_character: list[int | None] = []
-    for index, word in enumerate(words):
-        word_of_character += [None if character.isspace() else index for character in word]
-        word_of_character.append(None)
-    first_tokens: dict[int, int] = {}
-    for token, (start, end) in enumerate(encoded["offset_mapping"]):
-        for word_index in word_of_character[start:end]:
-            if word_index is not None:
-                first_tokens.setdefault(word_index, token)
-    inputs = {name: list(ids) for name, ids in encoded.items() if name != "offset_mapping"}
-    return inputs, first_tokens
+    offsets = encoded.pop("offset_mapping")
+    for sentence_index, words in enumerate(sentences):
+        word_of_character: list[int | None] = []
+        for index, word in enumerate(words):
+            word_of_character += [None if character.isspace() else index for character in word]
+            word_of_character.append(None)  # the space after the word
+        first_tokens: dict[int, int] = {}
+        for token, (start, end) in enumerate(offsets[sentence_index]):
+            for word_index in word_of_character[start:end]:
+                if word_index is not None:
+                    first_tokens.setdefault(word_index, token)
+        yield {name: list(ids[sentence_index]) for name, ids in encoded.items()}, first_tokens
 
 
 def _encode_words_separately(
-    words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[dict[str, list[int]], dict[int, int]]:
-    """Tokenise words by a tokenizer that does not relate tokens to characters; see `_encode_text`."""
-    content: list[int] = []
-    starts: dict[int, int] = {}
+    sentences: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[tuple[dict[str, list[int]], dict[int, int]]]:
+    """Tokenise sentences by a tokenizer that does not relate tokens to characters; see `_encode_texts`."""
     limit = max_length - tokenizer.num_special_tokens_to_add()
-    for index, word in enumerate(words):
-        ids: Any = tokenizer(f" {word}" if index else word, add_special_tokens=False)["input_ids"]
-        if ids and len(content) < limit:
-            starts[index] = len(content)
-        content += ids
-    input_ids: list[int] = tokenizer.build_inputs_with_special_tokens(content[:limit])
-    num_before = next(
-        i for i in range(len(input_ids) + 1) if input_ids[i : i + len(content[:limit])] == content[:limit]
-    )
-    inputs = {"input_ids": input_ids}
-    if "token_type_ids" in tokenizer.model_input_names:
-        inputs["token_type_ids"] = [0] * len(input_ids)
-    return inputs, {index: num_before + start for index, start in starts.items()}
+    for words in sentences:
+        content: list[int] = []
+        starts: dict[int, int] = {}
+        for index, word in enumerate(words):
+            ids: Any = tokenizer(f" {word}" if index else word, add_special_tokens=False)["input_ids"]
+            if ids and len(content) < limit:
+                starts[index] = len(content)
+            content += ids
+        content = content[:limit]
+        input_ids: list[int] = tokenizer.build_inputs_with_special_tokens(content)
+        num_before = next(i for i in range(len(input_ids) + 1) if input_ids[i : i + len(content)] == content)
+        inputs = {"input_ids": input_ids}
+        if "token_type_ids" in tokenizer.model_input_names:
+            inputs["token_type_ids"] = [0] * len(input_ids)
+        yield inputs, {index: num_before + start for index, start in starts.items()}
