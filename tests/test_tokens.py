@@ -631,7 +631,7 @@ def test_an_architecture_without_a_tagger_is_refused(tmp_path, task_file):
 
 def test_task_check_shows_sentences_with_their_spans(task_file):
     printed = run_command("task", "check", task_file)
-    for part in ("Spans in train", "bad", "good", "](bad)", "](good)", "none"):
+    for part in ("Spans in train", "bad", "good", "](bad)", "](good)"):
         assert part in printed
 
 

@@ -34,10 +34,11 @@ def check(file: Annotated[Path, typer.Argument(help="Task file (YAML).", metavar
     scores = {split.name: f"{chance_score(data, split):.3f}" for split in splits if split is not None}
     columns = ("examples", "share", "words:\nmedian", "\np95", "\nmax", f"guessing\n{data.metric}")
     table = new_table(_on_one_line(data.name), (), columns)
+    views = data.task.example_views(data.train, data.labels) if data.labelled else ()
     for split in summarise(data):
         words = (f"{split.median_words:,.0f}", f"{split.p95_words:,.0f}", f"{split.max_words:,}")
         table.add_row(f"[bold]{split.name}[/]", f"{split.examples:,}", "", *words, scores.get(split.name, ""))
-        strata = list(split.counts.items()) if data.labelled else []
+        strata = list(split.counts.items()) if data.labelled and not views else []
         for name, count in strata[:MAX_STRATA]:
             table.add_row(f"  {escape(_on_one_line(name))}", f"{count:,}", f"{count / split.examples:.1%}")
         if len(strata) > MAX_STRATA:
@@ -49,9 +50,8 @@ def check(file: Annotated[Path, typer.Argument(help="Task file (YAML).", metavar
     print_text(f"metric {data.metric}, max_length {data.max_length} tokens, {outputs}{unlabelled}")
     if data.dev.source == data.train.source:
         print_text("dev is held out of train; to choose it yourself, name a file under `dev`")
-    if data.labelled:
-        for view in data.task.example_views(data.train, data.labels):
-            _print_view(view)
+    for view in views:
+        _print_view(view)
     for warning in data_warnings(data):
         print_text(warning, style="yellow")
 
@@ -73,7 +73,8 @@ def _print_view(view: "View") -> None:
             print_text("  " + _on_one_line("".join(marked)))
     else:
         name, *figures = (column.name for column in view.columns)
-        table = new_table(view.title, (name,), tuple(figures))
+        print_text(view.title, style="italic")  # above the table, which may be narrower
+        table = new_table(None, (name,), tuple(figures))
         for row in view.rows:
             cells = (format_cell(column, cell) for column, cell in zip(view.columns, row, strict=True))
             table.add_row(*(escape(_on_one_line(cell)) for cell in cells))

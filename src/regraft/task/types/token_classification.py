@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 MetricName = Literal["span_f1", "token_accuracy"]
 SchemeName = Literal["IOB1", "IOB2", "BILOU", "IOBES"]
-WITHOUT_SPANS = "none"
+WITHOUT_SPANS = "without spans"
 """The name of the stratum of examples without spans."""
 PROBE_INVERSE_REGULARISATION = 0.01
 """scikit-learn's `C`: strong regularisation, because a base has about as many features as a probe has words."""
