@@ -293,7 +293,7 @@ def test_held_out_and_few_shot_samples_have_sentences_of_each_type(tmp_path):
     ]
     data = read_task(make_task(write_table(tmp_path / "a.jsonl", rows)))
     strata, names = data.task.strata(data.train.targets, data.labels)
-    assert names == ["A", "B", "none"]
+    assert names == ["A", "B", "without spans"]
     assert np.bincount(strata).tolist() == [18, 18, 18]
     assert len(data.dev) == 6
     assert len(data.few_shot(4, 0).train) == 12
