@@ -303,6 +303,11 @@ def test_numbers_are_read_from_text(tmp_path: Path) -> None:
     assert (10 * targets).tolist() == [row["value"] for row in rows]
 
 
+def test_a_task_with_another_tolerance_is_another_task(tmp_path: Path) -> None:
+    digests = {read_rows(tmp_path, "text-regression", make_rows(40, 5), tolerance=size).digest() for size in (1, 2, 2)}
+    assert len(digests) == 2
+
+
 def test_lists_and_columns_of_labels_are_the_same_task(tmp_path: Path) -> None:
     rows = make_rows(40, 5)
     lists = read_rows(tmp_path, "multi-label-classification", rows)

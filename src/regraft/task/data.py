@@ -218,11 +218,12 @@ class TaskData:
 
         Returns:
             The hexadecimal SHA-256 of the label names, the metric, `max_length`, the inputs and targets of all splits,
-            and the task type. The type is left out for text classification, the only type in regraft 0.1.
+            and the task type with its `digest_keys`. The type is left out for text classification, the only type in
+            regraft 0.1.
         """
         settings = [self.labels, self.metric, self.max_length]
         if self.task.type != DEFAULT_TYPE:
-            settings.append(self.task.type)
+            settings += [self.task.type, *(getattr(self.task, key) for key in self.task.digest_keys)]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for split in (self.train, self.dev, self.test):
             digest.update(b"\nno split\n" if split is None else b"\nsplit\n")

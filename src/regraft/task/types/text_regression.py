@@ -60,6 +60,7 @@ class TextRegression(TextTask):
     head_policies: ClassVar[tuple[str, ...]] = ("copy", "fresh")
     likelihood: ClassVar[Likelihood] = Normal()
     guess: ClassVar[str] = "the mean"
+    digest_keys: ClassVar[tuple[str, ...]] = ("tolerance",)
 
     type: Literal["text-regression"] = "text-regression"
     label: ColumnName | None = Field(description="the column that holds the number, or null where there are none")

@@ -73,6 +73,7 @@ class TokenClassification(Task):
     metrics: ClassVar[tuple[Metric, ...]] = (SPAN_F1, TOKEN_ACCURACY)
     likelihood: ClassVar[Likelihood] = CATEGORICAL
     guess: ClassVar[str] = "the most frequent tag for every word"
+    digest_keys: ClassVar[tuple[str, ...]] = ("output_scheme",)
 
     type: Literal["token-classification"] = "token-classification"
     words: Column = Field(description="the column that holds the list of words; in CoNLL files, its number from 0")

@@ -56,6 +56,8 @@ class Task(TaskViews, ABC):
     """The ways to carry an old head over to the new base."""
     pipeline_tag: ClassVar[str]
     """The Hugging Face Hub's pipeline tag for models of this type."""
+    digest_keys: ClassVar[tuple[str, ...]] = ()
+    """The keys of its own that change targets or which predictions are right, such as a tolerance."""
 
     @classmethod
     def load(cls, path: str | Path) -> Task:
