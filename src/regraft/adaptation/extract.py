@@ -28,6 +28,7 @@ from regraft.checkpoint import (
 from regraft.checkpoint.derived import CHUNK_ELEMENTS
 from regraft.errors import CheckpointError, MismatchError, RecipeError
 from regraft.progress import Progress, silent
+from regraft.task.types import task_types
 from regraft.weights import align, delta, delta_all, inner_product, kind_of, low_rank
 
 if TYPE_CHECKING:
@@ -147,8 +148,9 @@ def extract_lora(
     tensors, config = lora.to_peft(_modules_to_save(stored_in_full, in_base))
     tensors |= {PEFT_PREFIX + name: tuned[name].contiguous() for name in stored_in_full}
     if architecture is not None:
-        if type(architecture.model).__name__.endswith("ForTokenClassification"):  # its head is named as a classifier's
-            config["task_type"] = "TOKEN_CLS"
+        for task_type in task_types().values():  # heads of different types may have the same names of tensors
+            if type(architecture.model).__name__.endswith(task_type.auto_class.removeprefix("AutoModel")):
+                config["task_type"] = task_type.peft_task_type
         _check_loads(tensors, config, architecture)
     return ExtractedLora(tensors, config, (total - excluded - errors) / total, excluded / total)
 

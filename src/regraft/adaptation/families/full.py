@@ -287,7 +287,8 @@ def _types_of_class(config: Mapping[str, Any]) -> list[type[Task]]:
 def _problem_type(config: Mapping[str, Any]) -> Any:
     """Return the `problem_type` of a config; of a sequence classifier with one output, transformers' default."""
     problem_type = config.get("problem_type")
-    is_sequence_classifier = any("SequenceClassification" in str(name) for name in config.get("architectures") or ())
+    names = config.get("architectures")
+    is_sequence_classifier = isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
     if problem_type is None and is_sequence_classifier and _has_one_output(config):
         return "regression"  # as in transformers' loss of sequence classifiers
     return problem_type
@@ -295,7 +296,7 @@ def _problem_type(config: Mapping[str, Any]) -> Any:
 
 def _has_one_output(config: Mapping[str, Any]) -> bool:
     names = config.get("id2label")
-    return isinstance(names, dict) and names.keys() == {"0"}
+    return names.keys() == {"0"} if isinstance(names, dict) else config.get("num_labels") == 1
 
 
 def _check_activation(folder: Path, config: Mapping[str, Any]) -> None:
