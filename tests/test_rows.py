@@ -216,7 +216,7 @@ def test_a_fresh_head_starts_from_the_mean_of_the_targets(opened_bases, task_fil
     model = fresh_scaled_model(base, data, 0)
     logits = Deployment(model, base, data, "bf16").outputs(data.dev)
     assert torch.allclose(logits.mean(dim=0), torch.tensor(30.0), atol=4)
-    monkeypatch.setattr(TextClassification, "target_scaling", lambda self, targets: (2000.0, 8.0))
-    if architecture == "llama":
-        with pytest.raises(MismatchError, match="Subtract 2000 from all targets"):
+    for mean, scale in ((2000.0, 8.0), (0.25, 1e-4)) if architecture == "llama" else ():
+        monkeypatch.setattr(TextClassification, "target_scaling", lambda self, targets, both=(mean, scale): both)
+        with pytest.raises(MismatchError, match=f"Subtract {mean:g} from all targets"):
             fresh_scaled_model(base, data, 0)

@@ -36,6 +36,7 @@ class _Task:
     Args:
         vector: The old weights, flattened.
         student: The new base with the old weights grafted, frozen; it runs with mapped weights in place of the old.
+        precision: `bf16` or `fp32`, as the student computes in evaluations.
         examples: The training examples, encoded for the new base.
         teacher_outputs: The old model's outputs on the training examples.
         order: The indices of the examples in the order of training.
@@ -44,6 +45,7 @@ class _Task:
 
     vector: torch.Tensor
     student: nn.Module
+    precision: str
     examples: Examples
     teacher_outputs: TeacherOutputs
     order: list[int]
@@ -143,7 +145,7 @@ def _train(
         parameter_names = job.adaptation.family.parameter_names(task.student)
         mapped = _unflatten(apply_map(task.vector.to(device())), vector)
         mapped_parameters = {parameter_names[stored_name]: tensor for stored_name, tensor in mapped.items()}
-        with autocast(job.recipe.precision, device()):
+        with autocast(task.precision, device()):
             output = forward(task.student, batch, hidden=True, parameters=mapped_parameters)
         loss: Any = distillation_loss(output, batch, task.teacher_outputs, loss_options, task.likelihood)
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
@@ -243,7 +245,9 @@ def _prepare(job: Job, pair: str, index: int, layout: Vector, loss_options: Dist
     teacher = Deployment(load_model(adaptation, old, data.head), old, data, precision, job.progress)
     check_rows(teacher.examples(data.train), examples, data.train)
     teacher_outputs = compute_teacher_outputs(teacher, data.train, order, loss_options, task_folder)
-    return _Task(_flatten(vector), student.model, examples, teacher_outputs, order.tolist(), data.likelihood)
+    return _Task(
+        _flatten(vector), student.model, student.precision, examples, teacher_outputs, order.tolist(), data.likelihood
+    )
 
 
 def _flatten(vector: Vector) -> torch.Tensor:

@@ -173,8 +173,7 @@ def recovery(value: float, chance: float, reference: float, metric: Metric | Non
         metric: The metric of the scores; None for a bounded metric of which higher is better.
 
     Returns:
-        The share, which may be below 0 or above 1; None if the reference gains nothing or
-        less than `MIN_HEADROOM`.
+        The share, which may be below 0 or above 1; None if the reference gains nothing or less than `MIN_HEADROOM`.
     """
     gain = reference - chance
     headroom = MIN_HEADROOM

@@ -157,8 +157,8 @@ def _fit_mean(model: nn.Module, layer: nn.Linear, base: Base, data: TaskData, me
     if error > MAX_MEAN_ERROR * scale:
         raise MismatchError(
             f"{data.train.source}: the targets are around {mean:.6g} with a deviation of {scale:.3g}, but the head of "
-            f"a {base.config.model_type} has no bias, without which such a mean is hardly learnt. Subtract {mean:.0f} "
-            "from all targets."
+            f"a {base.config.model_type} has no bias, without which such a mean is hardly learnt. Subtract "
+            f"{mean:.6g} from all targets."
         )
     with torch.no_grad():
         layer.weight += weights.to(layer.weight)
