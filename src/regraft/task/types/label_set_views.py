@@ -10,7 +10,7 @@ from regraft.task.types.view import Column, Table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from regraft.task.split import Integers
+    from regraft.task.split import Integers, Split
 
 MAX_LABEL_ROWS = 30
 """The number of labels in the table of a split, the most frequent ones: as many rows as fit on a screen."""
@@ -44,25 +44,26 @@ def label_comparison(targets: Integers, old: Integers, new: Integers, labels: Se
     return Table("F1 and flips by label", columns, tuple(rows))
 
 
-def label_counts(targets: Integers, labels: Sequence[str]) -> tuple[Table, Table]:
+def label_counts(split: Split, labels: Sequence[str]) -> tuple[Table, Table]:
     """Build tables of the number of examples by label, and by number of labels.
 
     Args:
-        targets: The sets of labels of train as 0 and 1, examples × labels.
+        split: The examples, whose targets are sets of labels as 0 and 1, examples × labels.
         labels: The label names.
     """
     import numpy as np
 
+    targets = split.targets
     figures = (Column("examples", "count"), Column("share", "share"))
     counts = targets.sum(axis=0)
     most_frequent = np.argsort(-counts, kind="stable")[:MAX_LABEL_ROWS]
     by_label = [(labels[index], int(counts[index]), float(counts[index] / len(targets))) for index in most_frequent]
     sizes = np.bincount(targets.sum(axis=1)).tolist()
     by_size = [(str(size), count, count / len(targets)) for size, count in enumerate(sizes) if count]
-    title = "Labels in train"
+    title = f"Labels in {split.name}"
     if len(labels) > MAX_LABEL_ROWS:
         title += f", the {MAX_LABEL_ROWS} most frequent of {len(labels):,}"
     return (
         Table(title, (Column("label", "text"), *figures), tuple(by_label)),
-        Table("Labels per example in train", (Column("labels", "text"), *figures), tuple(by_size)),
+        Table(f"Labels per example in {split.name}", (Column("labels", "text"), *figures), tuple(by_size)),
     )

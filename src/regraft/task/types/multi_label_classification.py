@@ -24,7 +24,7 @@ from regraft.task.types.label_names import (
 )
 from regraft.task.types.label_set_views import label_comparison, label_counts
 from regraft.task.types.likelihood import BERNOULLI, Likelihood
-from regraft.task.types.text_classification import PROBE_INVERSE_REGULARISATION, PROBE_MAX_ITERATIONS
+from regraft.task.types.probes import label_set_probe
 from regraft.task.types.texts import ColumnName, TextTask
 
 if TYPE_CHECKING:
@@ -186,19 +186,8 @@ class MultiLabelClassification(TextTask):
         return [target == list(prediction) for target, prediction in zip(targets.tolist(), predictions, strict=True)]
 
     def linear_probe(self) -> Any:
-        """Return a logistic regression per label, constant for a label that all or no examples have; see `Task`."""
-        import warnings
-
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.multiclass import OneVsRestClassifier
-
-        class Probe(OneVsRestClassifier):  # type: ignore[misc]
-            def fit(self, features: Any, targets: Any) -> Any:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "Label .* is present in all training examples")
-                    return super().fit(features, targets)
-
-        return Probe(LogisticRegression(C=PROBE_INVERSE_REGULARISATION, max_iter=PROBE_MAX_ITERATIONS))
+        """Return a logistic regression per label; see `Task.linear_probe`."""
+        return label_set_probe()
 
     def label_warnings(self, labels: Sequence[str]) -> list[str]:
         """Describe labels that look alike or like missing values; see `Task.label_warnings`."""
@@ -219,7 +208,7 @@ class MultiLabelClassification(TextTask):
 
     def example_views(self, split: Split, labels: Sequence[str]) -> tuple[View, ...]:
         """Return the number of examples by label, and by number of labels; see `Task.example_views`."""
-        return label_counts(split.targets, labels)
+        return label_counts(split, labels)
 
     def _label_lists(self, table: SourceTable) -> list[list[str]]:
         """Return the names of the labels of each row."""
@@ -267,14 +256,8 @@ class MultiLabelClassification(TextTask):
 
     @field_validator("label")
     @classmethod
-    def _validate_columns(cls, label: Any, validation: ValidationInfo) -> Any:
-        """Refuse columns of text, and repeated columns."""
-        text = validation.data.get("text", ())
-        text_columns = [text] if isinstance(text, str) else text
-        columns = [label] if isinstance(label, str) else label or []
-        shared = [column for column in columns if column in text_columns]
-        if shared:
-            raise ValueError(f"names {shared[0]!r}, which is already a column of text. Use the columns of labels.")
+    def _validate_columns(cls, label: Any) -> Any:
+        """Refuse a single column of 0 and 1, and columns of the same label."""
         if isinstance(label, tuple):
             validate_names(tuple(_column_label(column) for column in label), is_required=True)
         return label

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from regraft.task.types.class_views import class_views, measure_calibration
+from regraft.task.types.class_views import class_views, measure_calibrations
 from regraft.task.types.span_metrics import tag_names
 from regraft.task.types.tagging import OUTSIDE, types_of
 from regraft.task.types.view import Column, MarkedText, Span, Table
@@ -53,12 +53,7 @@ def compare_taggers(
         )
         for name in types_of(labels)
     )
-    calibrations = {
-        name: measure_calibration(model.confidence, model.right)
-        for name, model in (("old", old), ("new", new))
-        if model.confidence is not None
-    }
-    return (Table("F1 of spans by type", columns, rows), *class_views([], calibrations))
+    return (Table("F1 of spans by type", columns, rows), *class_views((), measure_calibrations(old, new)))
 
 
 def show_examples(split: Split, labels: Sequence[str], scheme: Scheme) -> tuple[View, ...]:

@@ -21,6 +21,7 @@ from regraft.task.types.label_names import (
     validate_names,
 )
 from regraft.task.types.likelihood import CATEGORICAL, Likelihood
+from regraft.task.types.probes import class_probe
 from regraft.task.types.texts import ColumnName, TextTask
 
 if TYPE_CHECKING:
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
     from regraft.task.types.view import ModelPredictions, View
 
 MetricName = Literal["accuracy", "macro_f1", "mcc"]
-PROBE_INVERSE_REGULARISATION = 0.01
-"""scikit-learn's `C`: strong regularisation, because a base has more features than a probe has examples."""
-PROBE_MAX_ITERATIONS = 1000
-"""The solver's largest number of iterations: ten times scikit-learn's default, so that it nearly always converges."""
 
 
 class TextClassification(TextTask):
@@ -125,9 +122,7 @@ class TextClassification(TextTask):
 
     def linear_probe(self) -> Any:
         """Return a logistic regression; see `Task.linear_probe`."""
-        from sklearn.linear_model import LogisticRegression
-
-        return LogisticRegression(C=PROBE_INVERSE_REGULARISATION, max_iter=PROBE_MAX_ITERATIONS)
+        return class_probe()
 
     def target_weakness(self, targets: Targets) -> str | None:
         """Report examples that are all of one class; see `Task.target_weakness`."""
@@ -168,15 +163,6 @@ class TextClassification(TextTask):
                 raise DataError(f"{table.source}, row {row}: {problem}")
         targets = np.array([indices[name] for name in names], dtype=np.int64)
         return Split(split, table.source, self.texts(table), targets, np.array(table.row_numbers, dtype=np.int64))
-
-    @field_validator("label")
-    @classmethod
-    def _refuse_text_column(cls, label: str | None, validation: ValidationInfo) -> str | None:
-        text = validation.data.get("text", ())
-        text_columns = [text] if isinstance(text, str) else text
-        if label is not None and label in text_columns:
-            raise ValueError(f"names {label!r}, which is already a column of text. Use the column of labels.")
-        return label
 
     @field_validator("labels", mode="before")
     @classmethod

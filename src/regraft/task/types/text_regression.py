@@ -7,7 +7,7 @@ import math
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
 from regraft.errors import DataError
 from regraft.task.metric import Metric  # noqa: TC001 (pydantic reads annotations)
@@ -15,6 +15,7 @@ from regraft.task.split import Split
 from regraft.task.types.label_names import decode_label
 from regraft.task.types.likelihood import Likelihood, Normal
 from regraft.task.types.number_metrics import PEARSON, RMSE, SPEARMAN
+from regraft.task.types.probes import number_probe
 from regraft.task.types.texts import ColumnName, TextTask
 from regraft.task.types.view import Column, Scatter, Series, Table
 
@@ -33,8 +34,6 @@ MAX_POINTS = 1000
 QUANTILES = {"least": 0.0, "5th percentile": 0.05, "1st quartile": 0.25, "median": 0.5}
 QUANTILES |= {"3rd quartile": 0.75, "95th percentile": 0.95, "greatest": 1.0}
 """The quantiles that `task check` shows, by name."""
-PROBE_PENALTY = 100.0
-"""scikit-learn's `alpha`: strong regularisation, as of the probe of classes, whose `C` is its inverse."""
 
 
 class TextRegression(TextTask):
@@ -168,9 +167,7 @@ class TextRegression(TextTask):
 
     def linear_probe(self) -> Any:
         """Return a ridge regression; see `Task.linear_probe`."""
-        from sklearn.linear_model import Ridge
-
-        return Ridge(alpha=PROBE_PENALTY)
+        return number_probe()
 
     def target_weakness(self, targets: Targets) -> str | None:
         """Report examples that all have the same number; see `Task.target_weakness`."""
@@ -222,7 +219,9 @@ class TextRegression(TextTask):
 
         rows = [(name, float(np.quantile(split.targets, share))) for name, share in QUANTILES.items()]
         rows += [("mean", float(split.targets.mean())), ("standard deviation", float(split.targets.std()))]
-        return (Table("Numbers in train", (Column("statistic", "text"), Column("value", "number")), tuple(rows)),)
+        return (
+            Table(f"Numbers in {split.name}", (Column("statistic", "text"), Column("value", "number")), tuple(rows)),
+        )
 
     def _numbers(self, table: SourceTable) -> list[float]:
         """Return the number of each row; for unlabelled data, 0 as a placeholder."""
@@ -239,15 +238,6 @@ class TextRegression(TextTask):
                 )
             numbers.append(number)
         return numbers
-
-    @field_validator("label")
-    @classmethod
-    def _refuse_text_column(cls, label: str | None, validation: ValidationInfo) -> str | None:
-        text = validation.data.get("text", ())
-        text_columns = [text] if isinstance(text, str) else text
-        if label is not None and label in text_columns:
-            raise ValueError(f"names {label!r}, which is already a column of text. Use the column of numbers.")
-        return label
 
 
 def _as_number(value: object) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from regraft.errors import DataError
 from regraft.task.file import is_unicode
@@ -89,6 +89,17 @@ class TextTask(Task, ABC):
         if not isinstance(text, str) and text[0] == text[1]:
             raise ValueError(f"names {text[0]!r} twice. Use one column, or two different ones.")
         return text
+
+    @field_validator("label", check_fields=False)  # task types without this key are not validated
+    @classmethod
+    def _refuse_text_columns(cls, label: Any, validation: ValidationInfo) -> Any:
+        text, columns = (
+            (value,) if isinstance(value, str) else value or () for value in (validation.data.get("text"), label)
+        )
+        shared = [column for column in columns if column in text]
+        if shared:
+            raise ValueError(f"names {shared[0]!r}, which is already a column of text. Use the column to predict.")
+        return label
 
 
 def _checked_texts(table: SourceTable, column: str) -> list[str]:

@@ -16,6 +16,7 @@ from regraft.task.metric import Metric  # noqa: TC001 (pydantic reads annotation
 from regraft.task.split import Split, object_array
 from regraft.task.types.examples import Examples
 from regraft.task.types.likelihood import CATEGORICAL, Likelihood
+from regraft.task.types.probes import class_probe
 from regraft.task.types.span_metrics import SPAN_F1, TOKEN_ACCURACY, span_f1
 from regraft.task.types.span_views import compare_taggers, show_examples, show_flips
 from regraft.task.types.tagging import OUTSIDE, SCHEMES, Scheme, detect_scheme, split_tag, types_of
@@ -38,17 +39,13 @@ MetricName = Literal["span_f1", "token_accuracy"]
 SchemeName = Literal["IOB1", "IOB2", "BILOU", "IOBES"]
 WITHOUT_SPANS = "without spans"
 """The name of the stratum of examples without spans."""
-PROBE_INVERSE_REGULARISATION = 0.01
-"""scikit-learn's `C`: strong regularisation, because a base has about as many features as a probe has words."""
-PROBE_MAX_ITERATIONS = 1000
-"""The solver's largest number of iterations: ten times scikit-learn's default, so that it nearly always converges."""
 
 
 def _number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-Column = Annotated[ColumnName, BeforeValidator(_number_as_text)]
+ColumnReference = Annotated[ColumnName, BeforeValidator(_number_as_text)]
 """The name of a column, or its number in a CoNLL file."""
 
 
@@ -65,6 +62,8 @@ class TokenClassification(Task):
         scheme: The tagging scheme of the data; by default, it is inferred from the tags of train.
         output_scheme: The tagging scheme of the model's outputs, to which tags are converted.
         metric: The name of the metric that is reported.
+        shots: The number of training sentences to keep for each type of span, among the sentences of which it is the
+            rarest type, and of sentences without spans; dev is limited to as many. By default, all are kept.
     """
 
     peft_task_type: ClassVar[str] = "TOKEN_CLS"
@@ -76,8 +75,10 @@ class TokenClassification(Task):
     digest_keys: ClassVar[tuple[str, ...]] = ("output_scheme",)
 
     type: Literal["token-classification"] = "token-classification"
-    words: Column = Field(description="the column that holds the list of words; in CoNLL files, its number from 0")
-    tags: Column | None = Field(
+    words: ColumnReference = Field(
+        description="the column that holds the list of words; in CoNLL files, its number from 0"
+    )
+    tags: ColumnReference | None = Field(
         description="the column that holds the list of tags (in CoNLL files, its number, such as -1 for the last), or "
         "null where there are none"
     )
@@ -87,9 +88,10 @@ class TokenClassification(Task):
         default=None, validate_default=True, description="a list of tags, each of them text"
     )
     metric: MetricName = Field(default="span_f1", description=f"one of {', '.join(get_args(MetricName))}")
+    shots: int | None = Field(default=None, ge=1, description="a whole number of sentences per type of span, 1 or more")
 
     @property
-    def outputs(self) -> Scheme:
+    def tagging_scheme(self) -> Scheme:
         """The tagging scheme of the model's outputs."""
         return SCHEMES[self.output_scheme]
 
@@ -105,7 +107,7 @@ class TokenClassification(Task):
 
     def bind_metric(self, metric: Metric, labels: Sequence[str]) -> Metric:
         """Return span F1 for tags given as indices of labels; see `Task.bind_metric`."""
-        return span_f1(self.outputs, labels) if metric is SPAN_F1 else metric
+        return span_f1(self.tagging_scheme, labels) if metric is SPAN_F1 else metric
 
     def read(self, tables: Mapping[str, SourceTable]) -> tuple[tuple[str, ...], dict[str, Split]]:
         """Convert the tags of the data to those of the outputs; see `Task.read`."""
@@ -212,15 +214,13 @@ class TokenClassification(Task):
 
     def linear_probe(self) -> Any:
         """Return a logistic regression, which is fitted to words; see `Task.linear_probe`."""
-        from sklearn.linear_model import LogisticRegression
-
-        return LogisticRegression(C=PROBE_INVERSE_REGULARISATION, max_iter=PROBE_MAX_ITERATIONS)
+        return class_probe()
 
     def comparison_views(
         self, targets: Targets, old: ModelPredictions, new: ModelPredictions, labels: Sequence[str]
     ) -> tuple[View, ...]:
         """Return F1 by type, and the calibration of whole sentences; see `Task.comparison_views`."""
-        return compare_taggers(targets, old, new, labels, self.outputs)
+        return compare_taggers(targets, old, new, labels, self.tagging_scheme)
 
     def flip_views(
         self, split: Split, old: ModelPredictions, new: ModelPredictions, labels: Sequence[str]
@@ -230,7 +230,7 @@ class TokenClassification(Task):
 
     def example_views(self, split: Split, labels: Sequence[str]) -> tuple[View, ...]:
         """Return the numbers of spans by type, and sentences with their spans marked; see `Task.example_views`."""
-        return show_examples(split, labels, self.outputs)
+        return show_examples(split, labels, self.tagging_scheme)
 
     def as_text(self, inputs: Sequence[str]) -> str:
         """Return the words, separated by spaces; see `Task.as_text`."""
@@ -261,13 +261,13 @@ class TokenClassification(Task):
                     f"{sentence_tags[index]!r:.60} {before} is not valid in the scheme {scheme.name}, {origin}. "
                     f"Correct the tags, or name their scheme: {', '.join(SCHEMES)}."
                 )
-            converted.append(self.outputs.tags(scheme.spans(sentence_tags), len(sentence)))
+            converted.append(self.tagging_scheme.tags(scheme.spans(sentence_tags), len(sentence)))
         return converted
 
     def _default_labels(self, table: SourceTable, tags: Sequence[Sequence[str]], scheme: Scheme) -> tuple[str, ...]:
         """Return the class names of a data set that has the outputs' scheme, else `O` and all tags of each type."""
         classes = table.classes.get(self.tags or "", ())
-        if scheme is self.outputs and OUTSIDE in classes and all(map(scheme.is_tag, classes)):
+        if scheme is self.tagging_scheme and OUTSIDE in classes and all(map(scheme.is_tag, classes)):
             return classes
         types = sorted(types_of(tag for sentence in tags for tag in sentence))
         if not types:
@@ -275,7 +275,7 @@ class TokenClassification(Task):
                 f"{table.source}: every word has the tag {OUTSIDE!r}, so there is nothing to learn. Check that "
                 f"{self.tags!r} is the column of tags."
             )
-        return (OUTSIDE, *(tag for span_type in types for tag in self.outputs.tags_of_type(span_type)))
+        return (OUTSIDE, *(tag for span_type in types for tag in self.tagging_scheme.tags_of_type(span_type)))
 
     def _split(
         self,
