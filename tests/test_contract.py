@@ -51,9 +51,8 @@ from regraft.methods.ridge import Ridge
 from regraft.model.batches import predict
 from regraft.model.examples import encode
 from regraft.progress import quiet
-from regraft.task import Head, load_data
-from regraft.task.types import MultiLabelClassification, TextRegression, task_types
-from regraft.task.types.token_classification import TokenClassification
+from regraft.task import Head, MultiLabelClassification, TextRegression, TokenClassification, load_data
+from regraft.task.types import task_types
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence

@@ -35,10 +35,9 @@ from regraft.methods.label_free import LabelFree
 from regraft.model import Deployment, encode
 from regraft.progress import silent
 from regraft.recipe import decay_factor
-from regraft.task import Head, load_data
+from regraft.task import Head, TextRegression, load_data
 from regraft.task.types import Signal
 from regraft.task.types.likelihood import CATEGORICAL
-from regraft.task.types.text_regression import TextRegression
 from regraft.tuning import Anchoring, Interpolation, distillation_loss, plan_order
 from regraft.tuning.anchor import anchored_objective, fisher_information
 from regraft.tuning.distill import compute_teacher_outputs, distillation_objective, teacher_loss

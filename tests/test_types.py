@@ -23,11 +23,22 @@ from torch.distributions import kl_divergence
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
+import regraft
 from regraft import Recipe, Upgrade, check, compare, load_adaptation, recycle, tune
+from regraft.adaptation.families.full import Full
 from regraft.errors import DataError, MismatchError, RecipeError
-from regraft.task import Split, Task, TaskData, chance_score, data_warnings, read_task, score
+from regraft.task import (
+    MultiLabelClassification,
+    Split,
+    Task,
+    TaskData,
+    chance_score,
+    data_warnings,
+    read_task,
+    score,
+)
 from regraft.task.bootstrap import resampled_scores
-from regraft.task.types import ModelPredictions, MultiLabelClassification, Scatter, Signal, TextRegression
+from regraft.task.types import ModelPredictions, Scatter, Signal, task_types
 from regraft.task.types.likelihood import BERNOULLI, Normal
 from regraft.task.types.text_regression import MAX_POINTS
 from regraft.tuning import fresh_scaled_model
@@ -336,7 +347,9 @@ def test_class_names_of_a_data_set_are_the_labels(tmp_path: Path) -> None:
     values = {"name": "t", "type": "multi-label-classification", "train": source, "text": "text", "label": "topics"}
     data = read_task(Task.from_mapping(values, "t.yaml"))
     assert data.labels == (*LABELS, "unused")
-    assert [data.task.describe(target, data.labels) for target in data.train.targets[:3]]
+    described = {data.train.inputs[i][0]: data.task.describe(data.train.targets[i], data.labels) for i in range(3)}
+    names_by_text = {row["text"]: ", ".join(sorted(LABELS[index] for index in row["topics"])) for row in rows}
+    assert described == {text: names_by_text[text] or "(no label)" for text in described}
     assert data.train.targets[:, 3].sum() == 0
 
 
@@ -521,7 +534,31 @@ def test_an_upgrade_of_a_multi_label_head_by_label_names(bases, tasks, tmp_path:
 
 
 def test_types_are_exported() -> None:
-    assert (MultiLabelClassification.type_name(), TextRegression.type_name()) == tuple(KEYS)
+    for task_type in task_types().values():
+        assert getattr(regraft, task_type.__name__) is getattr(regraft.task, task_type.__name__) is task_type
+
+
+@pytest.mark.parametrize(
+    ("config", "types"),
+    [
+        ({"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}, ["TextRegression"]),
+        ({"architectures": ["BertForSequenceClassification"], "num_labels": 1}, ["TextRegression"]),
+        (
+            {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}},
+            ["TextClassification"],
+        ),
+        ({"architectures": ["BertForTokenClassification"], "id2label": {"0": "O"}}, ["TokenClassification"]),
+        ({"architectures": 5, "num_labels": 1}, []),
+    ],
+)
+def test_a_config_without_a_problem_type_has_that_of_transformers(config: dict[str, Any], types: list[str]) -> None:
+    assert [task_type.__name__ for task_type in Full().matching_task_types(config)] == types
+
+
+def test_another_tolerance_is_another_task(tasks) -> None:
+    """Else a repeated command would return an outcome whose right answers are those of the old tolerance."""
+    data = read_task(tasks["text-regression"])
+    assert data.with_settings(tolerance=20.0).digest() != data.digest() == data.with_settings(tolerance=10.0).digest()
 
 
 @pytest.mark.parametrize(("architecture", "has_bias"), [("bert", True), ("llama", False)])

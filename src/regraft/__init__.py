@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from regraft.errors import RegraftError
     from regraft.methods import Comparison, Conversion, compare, convert, recycle, tune
     from regraft.recipe import Recipe
-    from regraft.task import Task, TextClassification
+    from regraft.task import MultiLabelClassification, Task, TextClassification, TextRegression, TokenClassification
     from regraft.tuning import Corpus, Distillation, pretrain
     from regraft.upgrade import Upgrade
 
@@ -29,7 +29,7 @@ _NAMES_BY_MODULE = {
     "errors": ("RegraftError",),
     "methods": ("Comparison", "Conversion", "compare", "convert", "recycle", "tune"),
     "recipe": ("Recipe",),
-    "task": ("Task", "TextClassification"),
+    "task": ("MultiLabelClassification", "Task", "TextClassification", "TextRegression", "TokenClassification"),
     "tuning": ("Corpus", "Distillation", "pretrain"),
     "upgrade": ("Upgrade",),
 }
@@ -46,12 +46,15 @@ __all__ = [
     "Corpus",
     "Diagnosis",
     "Distillation",
+    "MultiLabelClassification",
     "Outcome",
     "Questions",
     "Recipe",
     "RegraftError",
     "Task",
     "TextClassification",
+    "TextRegression",
+    "TokenClassification",
     "Upgrade",
     "check",
     "compare",

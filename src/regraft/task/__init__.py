@@ -8,7 +8,14 @@ from regraft.task.score import chance_score, find_metric, flips, score
 from regraft.task.source import HubSplit
 from regraft.task.split import Split
 from regraft.task.summary import SplitSummary, data_warnings, summarise, weakness
-from regraft.task.types import Head, Task, TextClassification
+from regraft.task.types import (
+    Head,
+    MultiLabelClassification,
+    Task,
+    TextClassification,
+    TextRegression,
+    TokenClassification,
+)
 
 __all__ = [
     "MIN_HEADROOM",
@@ -17,11 +24,14 @@ __all__ = [
     "HubSplit",
     "Interval",
     "Metric",
+    "MultiLabelClassification",
     "Split",
     "SplitSummary",
     "Task",
     "TaskData",
     "TextClassification",
+    "TextRegression",
+    "TokenClassification",
     "chance_score",
     "count_flips",
     "data_warnings",

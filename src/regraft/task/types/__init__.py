@@ -6,6 +6,7 @@ from regraft.task.types.likelihood import Likelihood, Signal
 from regraft.task.types.multi_label_classification import MultiLabelClassification
 from regraft.task.types.text_classification import TextClassification
 from regraft.task.types.text_regression import TextRegression
+from regraft.task.types.token_classification import TokenClassification
 from regraft.task.types.type import DEFAULT_TYPE, Task, task_types
 from regraft.task.types.view import MarkedText, ModelPredictions, Scatter, Span, Table, View
 
@@ -25,6 +26,7 @@ __all__ = [
     "Task",
     "TextClassification",
     "TextRegression",
+    "TokenClassification",
     "View",
     "task_types",
 ]
