@@ -213,7 +213,7 @@ def _collect_differences(grid: Grid, outcomes: dict[Cell, Outcome]) -> list[Row]
             del row["seed"]
             task = grid.tasks[cell.task]
             difference = bootstrap_difference(
-                task.scoring,
+                task.bind_metric(task.scoring, method_outcomes[0].record.labels),
                 task.as_targets(read_test_labels(method_outcomes[0])),
                 [task.as_targets(outcome.predictions("test")) for outcome in method_outcomes],
                 [task.as_targets(outcome.predictions("test")) for outcome in reference_outcomes],

@@ -121,8 +121,8 @@ def judge(grid: Grid, task: str, upgrade: str, kind: str, seed: int) -> str:
         gain = probe_gain(pair)
         head_similarity = similarity(pair.old.model, pair.new.model, bases.old, pair.data, precision=pair.precision)
         judgement = verdict(
-            pair.data.task.scoring,
-            pair.split.labels,
+            pair.data.scoring,
+            pair.split.targets,
             pair.old_predictions,
             pair.new_predictions,
             chance_score(pair.data, pair.split),

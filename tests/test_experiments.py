@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -340,6 +341,28 @@ def test_the_page_has_values_computed_by_hand():
     assert "All labels; 25 of 100 steps (full), scratch always with the whole." in "\n".join(lines)
     baselines = "| heavy | 12 (25%) | full | 0.500 / 0.900 ± 0.000 / 0.750 ± 0.071 /"
     assert any(line.startswith(baselines) for line in lines)
+
+
+class TaggerOutcome:
+    """An outcome of token classification, with the tag index of each word of two test sentences."""
+
+    def __init__(self, path, predictions):
+        self.path = path
+        self.record = types.SimpleNamespace(labels=("O", "B-A", "I-A"))
+        self.predictions = lambda split: predictions
+        rows = [{"split": "test", "label": [1, 2, 0]}, {"split": "test", "label": [1]}]
+        (path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_differences_of_taggers_are_in_spans(tmp_path):
+    values = {"type": "token-classification", "name": "t", "train": "a.jsonl", "words": "w", "tags": "t"}
+    regime = grid.Regime("whole", None, {"lora": Recipe(steps=1)}, ("scratch", "init"))
+    tasks = {"tagging": Task.from_mapping(values, "t.yaml")}
+    tagger_grid = grid.Grid(tmp_path, tmp_path, {"mild": tmp_path}, tasks, {"lora": Recipe(steps=1)}, (regime,), (20,))
+    predictions = {"scratch": [[1, 2, 0], [0]], "init": [[1, 2, 0], [1]]}
+    outcomes = {cell: TaggerOutcome(tmp_path, predictions[cell.entry]) for cell in grid.iterate_cells(tagger_grid)}
+    (row,) = figures._collect_differences(tagger_grid, outcomes)
+    assert (row["entry"], row["against"], row["estimate"]) == ("init", "scratch", pytest.approx(1 - 2 / 3, abs=1e-4))
 
 
 def test_the_page_of_task_types_has_scores_recoveries_flips_and_costs_by_task():

@@ -103,16 +103,16 @@ def new_figure(
     return Figure(figsize=(width, height), layout=layout)
 
 
-def cap_score_axis(axes: Axes, metric: Metric, axis: Literal["x", "y"] = "y") -> None:
+def cap_score_axis(axes: Axes, metric: Metric | None = None, axis: Literal["x", "y"] = "y") -> None:
     """End the axis of a score just above 1, if it would go further and no score can.
 
     Args:
         axes: The chart's axes.
-        metric: The metric of the score.
+        metric: The metric of the score; None for a bounded metric.
         axis: The axis of the score.
     """
     low, high = getattr(axes, f"get_{axis}lim")()
-    if metric.is_bounded and high > 1 > low:
+    if (metric is None or metric.is_bounded) and high > 1 > low:
         getattr(axes, f"set_{axis}lim")(low, 1 + 0.02 * (1 - low))
 
 
