@@ -51,7 +51,7 @@ def test_a_task_file_is_read_with_its_paths_from_its_folder(tmp_path: Path) -> N
         ),
         ({"text": ["a", "b", "c"]}, ["'text'", "a list of two columns"]),
         ({"text": ["a", "a"]}, ["'text' names 'a' twice"]),
-        ({"label": "text"}, ["'label' names 'text'", "the column of labels"]),
+        ({"label": "text"}, ["'label' names 'text'", "the column to predict"]),
         ({"metric": "f1"}, ["'metric' is 'f1'", "accuracy, macro_f1, mcc"]),
         ({"shots": "few"}, ["'shots' is 'few'", "a whole number of examples per class, 1 or more"]),
         ({"shots": 0}, ["'shots' is '0'", "1 or more"]),

@@ -139,7 +139,7 @@ class TaskData:
 
         self.require_labels("a few-shot sample")
         if shots < 1:
-            raise RecipeError(f"shots = {shots}: use 1 or more.")
+            raise RecipeError(f"shots must be at least 1, found {shots}.")
         strata, names = self.task.strata(self.train.targets, self.labels)
         counts = np.bincount(strata, minlength=len(names)).tolist()
         required = self.task.sample_counts(shots, counts)
