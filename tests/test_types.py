@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import BAD, GOOD, NEUTRAL, Rows, assert_mentions, write_table
+from helpers import BAD, GOOD, NEUTRAL, Rows, assert_mentions, run_command, write_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap, pearsonr, spearmanr
@@ -351,6 +351,17 @@ def test_class_names_of_a_data_set_are_the_labels(tmp_path: Path) -> None:
     names_by_text = {row["text"]: ", ".join(sorted(LABELS[index] for index in row["topics"])) for row in rows}
     assert described == {text: names_by_text[text] or "(no label)" for text in described}
     assert data.train.targets[:, 3].sum() == 0
+
+
+def test_task_check_shows_large_errors_in_their_unit(tmp_path: Path) -> None:
+    file = write_table(tmp_path / "train.jsonl", make_rows(40, 5, unit=1e4))
+    (tmp_path / "t.yaml").write_text(
+        f"type: text-regression\ntrain: {file}\ndev: {file}\ntext: text\nlabel: value\ntolerance: 1000\nmetric: rmse\n"
+    )
+    targets = read_task(Task.load(tmp_path / "t.yaml")).train.targets
+    printed = run_command("task", "check", tmp_path / "t.yaml")
+    assert f"{targets.std():,.0f}" in printed
+    assert "Numbers in train" in printed
 
 
 def test_labels_without_examples_and_in_any_order(tmp_path: Path) -> None:
