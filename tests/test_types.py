@@ -208,6 +208,11 @@ def test_a_correlation_with_a_constant_is_0(metric: str, constant: float) -> Non
     assert set(np.round(abs(scores), 9)) == {0.0, 1.0}
 
 
+@pytest.mark.parametrize("metric", ["pearson", "spearman", "rmse"])
+def test_a_score_of_nan_is_nan(metric: str) -> None:
+    assert np.isnan(score(metric, [1.0, 2.0, 3.0], [np.nan, 1.0, 2.0]))
+
+
 def test_scores_of_empty_label_sets_are_0() -> None:
     sets = np.zeros((4, 3), dtype=int)
     assert score("micro_f1", sets, sets) == score("macro_f1", sets, sets) == 0

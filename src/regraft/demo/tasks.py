@@ -101,8 +101,7 @@ MESH_HEADINGS = (
 """The 30 most frequent MeSH headings of the abstracts of 1977–79, the most frequent first; few abstracts of 2021 have
 any."""
 MIN_SENTENCES = 5
-"""The least number of sentences of an abstract whose sentences are given a position: in shorter ones, positions are far
-apart."""
+"""The least number of sentences of an abstract of the task: in shorter ones, positions are far apart."""
 POSITION_BINS = 10
 """The number of strata of positions, as in deciles."""
 MIN_WINDOW_WORDS = 5

@@ -36,15 +36,16 @@ def _pearson(sums: Floats) -> Floats:
 
     count, x, y, xx, yy, xy = sums.T
     x_variance, y_variance = xx - x * x / count, yy - y * y / count
-    is_defined = (x_variance > ROUNDING * xx) & (y_variance > ROUNDING * yy)
-    scale = np.sqrt(np.where(is_defined, x_variance, 1)) * np.sqrt(np.where(is_defined, y_variance, 1))
-    return np.where(is_defined, (xy - x * y / count) / scale, 0.0)
+    is_constant = (x_variance <= ROUNDING * xx) | (y_variance <= ROUNDING * yy)  # False for NaN, which stays NaN
+    scale = np.sqrt(np.where(is_constant, 1, x_variance)) * np.sqrt(np.where(is_constant, 1, y_variance))
+    return np.where(is_constant, 0.0, (xy - x * y / count) / scale)
 
 
 def _evaluate_ranks(targets: Floats, predictions: Floats) -> Evaluation:
-    """Return an evaluation that ranks each resample anew, equal numbers by the mean of their ranks."""
+    """Return an evaluation that ranks each resample anew, equal numbers by the mean of their ranks; NaN has no rank."""
     import numpy as np
 
+    factor = np.nan if np.isnan(targets).any() or np.isnan(predictions).any() else 1.0
     codes = [np.unique(numbers, return_inverse=True)[1] for numbers in (targets, predictions)]
 
     def scores(counts: Floats | None) -> Floats:
@@ -53,7 +54,7 @@ def _evaluate_ranks(targets: Floats, predictions: Floats) -> Evaluation:
         covariance, x_variance, y_variance = ((weights * product).sum(axis=1) for product in (x * y, x * x, y * y))
         is_defined = (x_variance > 0) & (y_variance > 0)
         scale = np.sqrt(np.where(is_defined, x_variance, 1)) * np.sqrt(np.where(is_defined, y_variance, 1))
-        return np.where(is_defined, covariance / scale, 0.0)
+        return factor * np.where(is_defined, covariance / scale, 0.0)
 
     return Evaluation(RANK_ARRAYS * len(targets), scores)
 

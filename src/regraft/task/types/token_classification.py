@@ -106,7 +106,7 @@ class TokenClassification(Task):
         return () if self.tags is None else (self.tags,)
 
     def bind_metric(self, metric: Metric, labels: Sequence[str]) -> Metric:
-        """Return span F1 for tags given as indices of labels; see `Task.bind_metric`."""
+        """Return span F1 for tags as indices of labels; see `Task.bind_metric`."""
         return span_f1(self.tagging_scheme, labels) if metric is SPAN_F1 else metric
 
     def read(self, tables: Mapping[str, SourceTable]) -> tuple[tuple[str, ...], dict[str, Split]]:
