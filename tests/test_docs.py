@@ -18,6 +18,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from regraft.task import Task
+from regraft.task.types import Likelihood
+from regraft.task.types.task_views import TaskViews
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -51,6 +55,15 @@ def test_generated_pages_equal_the_code():
     for name, text in generate.pages().items():
         committed = (DOCS / name).read_text(encoding="utf-8")
         assert committed == text, f"docs/{name} differs from the code: run python docs/generate.py"
+
+
+def test_the_page_on_task_types_names_all_that_a_type_defines():
+    page = read_prose(DOCS / "how-to-add-a-task-type.md")
+    owners = (Task, TaskViews, Likelihood)
+    names = {name for owner in owners for name in {**vars(owner), **owner.__annotations__} if name[0] != "_"}
+    inherited = {"load", "from_mapping", "type_name", "scoring"}  # no type overrides these
+    missing = {name for name in names - inherited if f"`{name}`" not in page and not name.startswith("model_")}
+    assert not missing
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=format_path)
