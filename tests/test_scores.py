@@ -38,7 +38,7 @@ def test_no_examples_and_unequal_lengths_are_refused() -> None:
         flips([0], [0], [0, 1])
     with pytest.raises(DataError, match="no examples to score"):
         score("accuracy", [], [])
-    with pytest.raises(RecipeError, match="macro_f1, subset_accuracy, accuracy, mcc"):
+    with pytest.raises(RecipeError, match=r"macro_f1, .*accuracy, mcc"):
         score("f1", [0], [0])
 
 

@@ -184,6 +184,8 @@ def test_task_check_shows_the_data(tmp_path: Path) -> None:
     result = run_task_check(tmp_path / "my.yaml")
     output = re.sub(r"[^\S\n]+", " ", result.stdout)
     assert result.exit_code == 0, result.output
+    heading, train = (next(line for line in result.stdout.splitlines() if word in line) for word in ("share", " 36 "))
+    assert heading.index("examples") + len("examples") == train.index("36") + len("36")  # aligned to the right
     for phrase in (
         "[bold]my",
         "[red]bad 9 25.0%",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from helpers import BAD, GOOD, NEUTRAL, Rows, assert_mentions, run_command, write_table
+from helpers import BAD, GOOD, NEUTRAL, Rows, assert_mentions, make_adapted_model, run_command, write_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap, pearsonr, spearmanr
@@ -24,14 +25,19 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 import regraft
-from regraft import Recipe, Upgrade, check, compare, load_adaptation, recycle, tune
+from regraft import Base, Recipe, Upgrade, check, compare, load_adaptation, recycle, tune
+from regraft.adaptation import load_model, save_model
 from regraft.adaptation.families.full import Full
 from regraft.errors import DataError, MismatchError, RecipeError
 from regraft.task import (
+    Head,
     MultiLabelClassification,
     Split,
     Task,
     TaskData,
+    TextClassification,
+    TextRegression,
+    agreement,
     chance_score,
     data_warnings,
     read_task,
@@ -42,6 +48,9 @@ from regraft.task.types import ModelPredictions, Scatter, Signal, task_types
 from regraft.task.types.likelihood import BERNOULLI, Normal
 from regraft.task.types.text_regression import MAX_POINTS
 from regraft.tuning import fresh_scaled_model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 LONG = Recipe(steps=120, batch_size=16, learning_rate=5e-3, eval_every=40, save_every=120, precision="fp32")
 SHORT = Recipe(steps=4, batch_size=16, learning_rate=1e-3, eval_every=2, save_every=4, precision="fp32")
@@ -597,3 +606,45 @@ def test_a_fresh_head_begins_at_the_frequencies_of_the_labels(opened_bases, arch
     assert different == (["classifier.bias"] if has_bias else [])
     if has_bias:
         torch.testing.assert_close(head["classifier.bias"], torch.tensor([3.5 / 1.5, 1.5 / 3.5]).log())
+
+
+# ---- what a type may define otherwise
+
+
+class Boundaries(TextClassification):
+    """A type whose outputs are the boundaries between its ordered labels."""
+
+    type: Literal["boundaries"] = "boundaries"  # type: ignore[assignment]
+
+    @classmethod
+    def head_settings(cls, labels: Sequence[str]) -> dict[str, Any]:
+        """Describe one output less than there are labels."""
+        return super().head_settings([f"{lower}|{upper}" for lower, upper in itertools.pairwise(labels)])
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_outputs_may_differ_from_labels_in_number_and_names(bases, tmp_path: Path, monkeypatch, kind: str) -> None:
+    monkeypatch.setitem(task_types(), "boundaries", Boundaries)
+    base, head = Base.open(bases["bert"][0]), Head(Boundaries, ("low", "middle", "high"))
+    assert str(head) == "2 outputs for 3 labels (low, middle, high)"
+    folder = tmp_path / "adaptation"
+    folder.mkdir()
+    model, start = make_adapted_model(base, kind, head)
+    save_model(model, base, head, folder, start)
+    adaptation = load_adaptation(folder)
+    assert adaptation.labels == head.labels
+    assert load_model(adaptation, base, head).config.num_labels == 2
+    if kind == "lora":
+        run_command("weights", "merge-lora", "--base", base.path, "--adaptation", folder, "--out", tmp_path / "merged")
+        folder = tmp_path / "merged"
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["id2label"] == {"0": "low|middle", "1": "middle|high"}
+
+
+def test_agreement_is_a_share_if_the_first_metric_is_an_error(tasks, monkeypatch) -> None:
+    data = read_task(tasks["text-regression"])
+    old, new = [0.0, 50.0, 100.0, 80.0], [0.0, 55.0, 100.0, 20.0]  # the tolerance is 10
+    assert agreement(data, old, new) == score("pearson", old, new)
+    errors_first = sorted(TextRegression.metrics, key=lambda metric: metric.higher_is_better)
+    monkeypatch.setattr(TextRegression, "metrics", tuple(errors_first))
+    assert agreement(data, old, new) == 0.75

@@ -51,6 +51,14 @@ def stored_head(adaptation: Adaptation, base: Base) -> Head:
     return Head(task_type, tuple(f"LABEL_{i}" for i in range(output_counts.pop())))
 
 
+def output_names(adaptation: Adaptation) -> tuple[str, ...] | None:
+    """Return the names of the head's outputs in a model's config; None if an adaptation records no labels."""
+    if adaptation.labels is None:
+        return None
+    task_type = task_types().get(adaptation.task_type or DEFAULT_TYPE, TextClassification)
+    return Head(task_type, adaptation.labels).output_names
+
+
 def check_task_type(adaptation: Adaptation, task: Task) -> None:
     """Check that an adaptation belongs to a task's type.
 

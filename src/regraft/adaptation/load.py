@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from regraft.adaptation.adaptation import Adaptation
@@ -9,6 +10,7 @@ from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, c
 from regraft.adaptation.families import FULL, family_of
 from regraft.adaptation.families.full import check_classifier
 from regraft.adaptation.kinds import kind_of
+from regraft.adaptation.labels import output_names
 from regraft.adaptation.record import labels_of_config, read_lineage, reconcile_labels
 from regraft.checkpoint import Checkpoint, check_unquantised, read_json
 from regraft.errors import MAX_LISTED, CheckpointError
@@ -63,5 +65,8 @@ def load_adaptation(path: str | Path) -> Adaptation:
     config = read_json(folder / "config.json")
     check_unquantised(folder, checkpoint.tensors)
     check_classifier(folder, config)
-    labels = reconcile_labels(labels, labels_of_config(config, folder), folder)
-    return Adaptation(folder, "full", FULL, labels, base, checkpoint, config, task_type)
+    adaptation = Adaptation(folder, "full", FULL, labels, base, checkpoint, config, task_type)
+    configured = labels_of_config(config, folder)
+    if configured == output_names(adaptation):  # which a task type may name otherwise than the labels
+        return adaptation
+    return dataclasses.replace(adaptation, labels=reconcile_labels(labels, configured, folder))

@@ -56,7 +56,7 @@ def merge_lora(
     config: Mapping[str, Any],
     base: Checkpoint,
     initial_factors: Tensors | None = None,
-    labels: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> MergedLora:
     """Merge a LoRA into its base, as PEFT does: W + scaling·B·A, or a DoRA's renormalised weight, and replaced tensors.
 
@@ -67,7 +67,7 @@ def merge_lora(
         config: The content of `adapter_config.json`.
         base: The base, a transformers folder with or without a head.
         initial_factors: The initial adapter, for kinds that are initialised from the base (PiSSA, OLoRA).
-        labels: The names of a classifier's labels, if they are known.
+        output_names: The names of a classifier's outputs, if they are known.
 
     Returns:
         The merged model, in the base's dtypes (bfloat16 for quantised ones).
@@ -80,7 +80,7 @@ def merge_lora(
     modules = {name.removeprefix(PEFT_PREFIX).rpartition(".")[0] for name in (*base, *adapter)}
     check_patterns(config, modules, "the LoRA's adapter_config.json")
     _check_kind(config, initial_factors)
-    architecture, changed = tuned_architecture(adapter, config, base, labels)
+    architecture, changed = tuned_architecture(adapter, config, base, output_names)
     stored = architecture.in_memory(base)
     adapter, updates = resolve_updates(adapter, config, architecture)
     if initial_factors is not None:

@@ -36,7 +36,7 @@ HEAD_WEIGHT = re.compile(r"^(?:classifier|score)\.(?:.*\.)?weight$")
 
 
 def tuned_architecture(
-    adapter: Tensors, adapter_config: Mapping[str, Any], base: Checkpoint, labels: Sequence[str] | None
+    adapter: Tensors, adapter_config: Mapping[str, Any], base: Checkpoint, output_names: Sequence[str] | None
 ) -> tuple[Architecture, dict[str, Any]]:
     """Return the class that a LoRA was tuned in.
 
@@ -44,7 +44,7 @@ def tuned_architecture(
         adapter: The tensors of `adapter_model.safetensors`.
         adapter_config: The content of `adapter_config.json`.
         base: The base, a transformers folder.
-        labels: The names of a classifier's labels, if they are known.
+        output_names: The names of a classifier's outputs, if they are known.
 
     Returns:
         The class with the sizes that it had, and the settings of the base's `config.json` that differ.
@@ -77,7 +77,7 @@ def tuned_architecture(
         hidden_size = getattr(config.get_text_config(), "hidden_size", 0)
         # layers of the head before the last one have the model's width
         num_labels = min([size for size in head_sizes if size != hidden_size] or head_sizes)
-        names = labels or [f"LABEL_{i}" for i in range(num_labels)]
+        names = output_names or [f"LABEL_{i}" for i in range(num_labels)]
         changed["id2label"] = {str(i): label for i, label in enumerate(names)}
         changed["label2id"] = {label: i for i, label in enumerate(names)}
         config = copy.deepcopy(config)

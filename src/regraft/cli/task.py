@@ -33,7 +33,7 @@ def check(file: Annotated[Path, typer.Argument(help="Task file (YAML).", metavar
     splits = (data.dev, data.test) if data.labelled else ()
     scores = {split.name: data.scoring.format_score(chance_score(data, split)) for split in splits if split is not None}
     columns = ("examples", "share", "words:\nmedian", "\np95", "\nmax", f"guessing\n{data.metric}")
-    table = new_table(_on_one_line(data.name), (), columns)
+    table = new_table(_on_one_line(data.name), ("",), columns)
     views = data.task.example_views(data.train, data.labels) if data.labelled else ()
     for split in summarise(data):
         words = (f"{split.median_words:,.0f}", f"{split.p95_words:,.0f}", f"{split.max_words:,}")

@@ -212,6 +212,7 @@ def merge_lora(
     """Merge a LoRA, and the other tensors that its adapter tuned, into a base."""
     from regraft.adaptation import load_adaptation, read_lora_config
     from regraft.adaptation import merge_lora as merge
+    from regraft.adaptation.labels import output_names
     from regraft.checkpoint import find_path
     from regraft.task.types import task_types
     from regraft.vocabulary import has_tokenizer
@@ -222,7 +223,7 @@ def merge_lora(
     paths = {"adapter": str(adapter.path), "base": base} | ({"start": start} if start else {})
     checkpoints = open_checkpoints(paths, check_finite)
     merged_model = merge(
-        checkpoints["adapter"], lora_config, checkpoints["base"], checkpoints.get("start"), adapter.labels
+        checkpoints["adapter"], lora_config, checkpoints["base"], checkpoints.get("start"), output_names(adapter)
     )
     task_type = task_types().get(adapter.task_type or "")
     problem_type = {"problem_type": task_type.problem_types[0]} if task_type and task_type.problem_types[0] else {}

@@ -10,7 +10,7 @@ from regraft.diagnosis.choice import ADVICE, choose
 from regraft.diagnosis.pair import load_pair
 from regraft.diagnosis.question import Question
 from regraft.progress import Progress, silent
-from regraft.task import chance_score, count_flips, find_metric, score
+from regraft.task import agreement, chance_score, count_flips, find_metric
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +43,8 @@ class Check:
         floor: The chance score: the score of the best constant prediction.
         retained: (new − floor) / (old − floor); None if old is no better than chance.
         agreement: The score of the predictions on the new base, with the predictions on the old base as targets, by
-            the first metric of the task type: in classification, the share of equal predictions.
+            the first metric of the task type: in classification, the share of equal predictions. It is the share of
+            right predictions if 1 is not the best score of that metric.
         negative_flips: The share of examples that were right before the upgrade and are wrong after it.
         positive_flips: The share of examples that were wrong before the upgrade and are right after it.
         l2: The Euclidean distance between the bodies of the two bases.
@@ -139,7 +140,7 @@ def check_pair(pair: DeploymentPair) -> Check:
         new=new,
         floor=chance,
         retained=retained,
-        agreement=score(data.agreement_metric, data.task.as_targets(old_predictions), new_predictions),
+        agreement=agreement(data, old_predictions, new_predictions),
         negative_flips=flips.negative_rate,
         positive_flips=flips.positive_rate,
         l2=distance.l2,

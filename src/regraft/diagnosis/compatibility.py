@@ -15,7 +15,7 @@ from regraft.checkpoint.record import Count
 from regraft.diagnosis.question import Question
 from regraft.errors import CheckpointError
 from regraft.model import Deployment
-from regraft.task import find_metric, score
+from regraft.task import agreement, find_metric
 from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ class CompatibilityPoint:
         distance: The checkpoint's L2 distance from the old base.
         score: The adaptation's score on the checkpoint.
         loss: The adaptation's mean loss on the checkpoint, in nats.
-        agreement: The score of the predictions, with the predictions on the old base as targets, by the first metric of
-            the task type: in classification, the share of equal predictions.
+        agreement: The agreement of the predictions with those on the old base; see `Check`.
         steps: The number of pre-training steps that the checkpoint's folder records, counted from the base that
             regraft pre-trained further; 0 for the old base, None without a record.
     """
@@ -85,15 +84,13 @@ def _point(pair: DeploymentPair, upgrade: Upgrade, deployment: Deployment, steps
     """Measure a deployment of the old adaptation on the upgrade's new base."""
     import numpy as np
 
-    data = pair.data
-    old_predictions = data.task.as_targets(pair.old_predictions)
-    agreement = score(data.agreement_metric, old_predictions, deployment.predictions(pair.split))
+    agreed = agreement(pair.data, pair.old_predictions, deployment.predictions(pair.split))
     return CompatibilityPoint(
         name=upgrade.new.name,
         distance=upgrade.distance().l2,
         score=deployment.score(pair.split),
         loss=deployment.loss(pair.split),
-        agreement=float(np.float32(agreement)),  # the precision of the records of regraft 0.1
+        agreement=float(np.float32(agreed)),  # the precision of the records of regraft 0.1
         steps=steps,
     )
 

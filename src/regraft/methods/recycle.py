@@ -182,9 +182,8 @@ def _check_head(head: str, method: str, supported_heads: Sequence[str]) -> None:
 def _match_head(data: TaskData, adaptation: Adaptation, head: HeadPolicy) -> TaskData:
     """Return the data with labels in the order of the new head, or refuse a policy that the task does not support."""
     if head not in data.task.head_policies:
-        raise RecipeError(
-            f"the head of a {data.task.type} must be {' or '.join(data.task.head_policies)}, found {head}."
-        )
+        policies = " or ".join(data.task.head_policies)
+        raise RecipeError(f"with a task of type {data.task.type}, head must be {policies}, found {head}.")
     if head != "fresh":
         check_task_type(adaptation, data.task)
     return match_labels(adaptation, data) if head == "copy" else data

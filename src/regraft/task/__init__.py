@@ -4,7 +4,7 @@ from regraft.task.bootstrap import Interval, paired_difference
 from regraft.task.data import TaskData
 from regraft.task.metric import MIN_HEADROOM, Flips, Metric, count_flips, deviation, recovery
 from regraft.task.read import load_data, read_task
-from regraft.task.score import chance_score, find_metric, flips, score
+from regraft.task.score import agreement, chance_score, find_metric, flips, score
 from regraft.task.source import HubSplit
 from regraft.task.split import Split
 from regraft.task.summary import SplitSummary, data_warnings, summarise, weakness
@@ -32,6 +32,7 @@ __all__ = [
     "TextClassification",
     "TextRegression",
     "TokenClassification",
+    "agreement",
     "chance_score",
     "count_flips",
     "data_warnings",

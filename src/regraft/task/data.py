@@ -61,11 +61,6 @@ class TaskData:
         return self.task.bind_metric(self.task.scoring, self.labels)
 
     @property
-    def agreement_metric(self) -> Metric:
-        """The task type's first metric, by which the predictions of two models are compared."""
-        return self.task.bind_metric(self.task.metrics[0], self.labels)
-
-    @property
     def max_length(self) -> int:
         """The number of tokens that inputs are truncated to."""
         return self.task.max_length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import DataError, RecipeError
@@ -10,6 +11,8 @@ from regraft.task.split import object_array
 from regraft.task.types.type import DEFAULT_TYPE, task_types
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import ArrayLike
 
@@ -89,6 +92,24 @@ def chance_score(data: TaskData, split: Split) -> float:
     """
     prediction = data.task.chance_prediction(data.train.targets, data.labels)
     return score(data.scoring, split.targets, data.task.constant_predictions(prediction, split.inputs))
+
+
+def agreement(data: TaskData, references: Sequence[Any], predictions: Sequence[Any]) -> float:
+    """Score the predictions of a model with those of another model as targets, so that 1 is perfect agreement.
+
+    Args:
+        data: The task's data.
+        references: The predictions of the other model, one per example.
+        predictions: The predictions of the model.
+
+    Returns:
+        The score by the first metric of the task type; the share of right predictions if 1 is not its best score.
+    """
+    targets = data.task.as_targets(references)
+    metric = data.task.bind_metric(data.task.metrics[0], data.labels)
+    if metric.is_bounded and metric.higher_is_better:
+        return score(metric, targets, predictions)
+    return statistics.fmean(data.task.right(targets, predictions))
 
 
 def flips(targets: ArrayLike, before: ArrayLike, after: ArrayLike) -> Flips:

@@ -10,7 +10,7 @@ from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, write_adapter
 from regraft.adaptation.changes import parameter_of
 from regraft.adaptation.families.peft_adapter import Peft, peft_state
 from regraft.adaptation.fresh import fresh_model
-from regraft.adaptation.labels import stored_head
+from regraft.adaptation.labels import output_names, stored_head
 from regraft.adaptation.layout import convert_as_peft, resolve_updates
 from regraft.adaptation.lora import (
     A_SUFFIX,
@@ -107,7 +107,7 @@ class Lora(Peft):
         if any(adaptation.config.get(key) for key in UNMERGEABLE_SETTINGS):
             return None
         adapter, config = self.plain_adapter(adaptation, old)
-        merged = merge_lora(adapter, config, old.checkpoint, labels=adaptation.labels).tensors
+        merged = merge_lora(adapter, config, old.checkpoint, output_names=output_names(adaptation)).tensors
         inner_names = {name: old.architecture.identify(name) for name in merged}
         return merged, {inner: name for name, inner in inner_names.items() if inner is not None and inner in old.body}
 

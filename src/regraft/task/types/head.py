@@ -17,7 +17,7 @@ class Head:
 
     Args:
         type: The task type that the head is for.
-        labels: The names of the outputs, in their order; empty if the outputs are numbers without names.
+        labels: The label names, in the order of the outputs; empty if the outputs are numbers without names.
     """
 
     type: type[Task]
@@ -33,9 +33,15 @@ class Head:
         """The number of outputs, which is the width of the last layer."""
         return int(self.settings["num_labels"])
 
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The names of the outputs in a model's config: the labels, unless the task type names them otherwise."""
+        return tuple(self.settings["id2label"].values())
+
     def __str__(self) -> str:
         if not self.labels:
             noun = "outputs" if self.num_outputs > 1 else "output"
             return f"{self.num_outputs} {noun} without labels"
         listed = ", ".join(self.labels[:MAX_LISTED]) + (" …" if len(self.labels) > MAX_LISTED else "")
-        return f"{self.num_outputs} labels ({listed})"
+        outputs = "" if self.num_outputs == len(self.labels) else f"{self.num_outputs} outputs for "
+        return f"{outputs}{len(self.labels)} labels ({listed})"
