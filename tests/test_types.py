@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import BAD, GOOD, NEUTRAL, Rows, assert_mentions, write_table
+from helpers import BAD, GOOD, NEUTRAL, Rows, assert_mentions, run_command, write_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap, pearsonr, spearmanr
@@ -289,6 +289,25 @@ def test_train_has_more_than_one_target(tmp_path: Path) -> None:
         with pytest.raises(DataError) as error:
             read_rows(tmp_path, type_name, rows)
         assert_mentions(error, "every row has", phrase)
+
+
+@pytest.mark.parametrize("numbers", [[1e9, 1e9 + 1, 1e9 + 2], [1e308, -1e308]], ids=["close", "huge"])
+def test_numbers_that_float32_cannot_tell_apart_are_refused(tmp_path: Path, numbers: list[float]) -> None:
+    rows = [row | {"value": numbers[index % len(numbers)]} for index, row in enumerate(make_rows(12, 5))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match=r"float32.*'value'.*Subtract their mean"):
+            read_rows(tmp_path, "text-regression", rows)
+
+
+def test_small_numbers_are_shown_with_their_digits(tmp_path: Path) -> None:
+    file = write_table(tmp_path / "train.jsonl", make_rows(40, 5, unit=1e-6))
+    keys = {"type": "text-regression", "text": "text", "label": "value", "tolerance": 1e-6, "metric": "rmse"}
+    (tmp_path / "task.yaml").write_text(json.dumps({"train": file, **keys}))
+    printed = run_command("task", "check", tmp_path / "task.yaml")
+    assert "median" in printed
+    assert printed.count("e-06") + printed.count("e−06") > 5
+    assert "0.000" not in printed
 
 
 def test_numbers_are_read_from_text(tmp_path: Path) -> None:

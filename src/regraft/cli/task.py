@@ -31,7 +31,7 @@ def check(file: Annotated[Path, typer.Argument(help="Task file (YAML).", metavar
 
     data = read_task(regraft.Task.load(file))
     splits = (data.dev, data.test) if data.labelled else ()
-    scores = {split.name: f"{chance_score(data, split):.3f}" for split in splits if split is not None}
+    scores = {split.name: data.scoring.format_score(chance_score(data, split)) for split in splits if split is not None}
     columns = ("examples", "share", "words:\nmedian", "\np95", "\nmax", f"guessing\n{data.metric}")
     table = new_table(_on_one_line(data.name), (), columns)
     for split in summarise(data):

@@ -114,7 +114,7 @@ class TaskData:
         if not self.labelled:
             raise DataError(
                 f"{self.train.source}: task {self.name!r} has no labels, which {purpose} needs. Name their column "
-                "under `label`, or recycle with a method that reads no labels, such as ridge, label-free or "
+                "in the task file, or recycle with a method that reads no labels, such as ridge, label-free or "
                 "auto -o labels=false."
             )
 

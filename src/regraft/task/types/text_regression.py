@@ -33,6 +33,10 @@ MAX_POINTS = 1000
 QUANTILES = {"least": 0.0, "5th percentile": 0.05, "1st quartile": 0.25, "median": 0.5}
 QUANTILES |= {"3rd quartile": 0.75, "95th percentile": 0.95, "greatest": 1.0}
 """The quantiles that `task check` shows, by name."""
+OUTPUT_PRECISION = 1e-5
+"""The share of the largest number that the standard deviation must exceed: about a hundred steps of float32."""
+MAX_DEVIATION = 1e18
+"""The largest standard deviation: float32 cannot hold the squares of larger numbers."""
 PROBE_PENALTY = 100.0
 """scikit-learn's `alpha`: strong regularisation, as of the probe of classes, whose `C` is its inverse."""
 
@@ -94,6 +98,8 @@ class TextRegression(TextTask):
                 f"{train.source}: every row has the number {train.targets[0]:g} in column {self.label!r}; a task needs "
                 "two numbers or more. Check that it is the column of numbers."
             )
+        if self.label is not None:
+            self._check_precision(train)
         if self.tolerance is None:
             suggestion = ""
             if self.label is not None:
@@ -222,6 +228,19 @@ class TextRegression(TextTask):
         rows = [(name, float(np.quantile(split.targets, share))) for name, share in QUANTILES.items()]
         rows += [("mean", float(split.targets.mean())), ("standard deviation", float(split.targets.std()))]
         return (Table("Numbers in train", (Column("statistic", "text"), Column("value", "number")), tuple(rows)),)
+
+    def _check_precision(self, train: Split) -> None:
+        """Refuse training targets that float32, in which models compute, cannot tell apart or hold."""
+        import numpy as np
+
+        least, greatest = train.targets.min(), train.targets.max()
+        with np.errstate(over="ignore", invalid="ignore"):
+            is_precise = OUTPUT_PRECISION * max(-least, greatest) < train.targets.std() < MAX_DEVIATION
+        if not is_precise:
+            raise DataError(
+                f"{train.source}: models compute in float32, which cannot tell the numbers in column {self.label!r} "
+                f"apart ({least:.9g} to {greatest:.9g}). Subtract their mean, or divide them by their largest."
+            )
 
     def _numbers(self, table: SourceTable) -> list[float]:
         """Return the number of each row; for unlabelled data, 0 as a placeholder."""

@@ -15,6 +15,7 @@ from regraft.task.labels import format_names
 from regraft.task.metric import Metric  # noqa: TC001 (pydantic reads annotations)
 from regraft.task.split import Split, object_array
 from regraft.task.types.examples import Examples
+from regraft.task.types.head import ANY_PROBLEM_TYPE
 from regraft.task.types.likelihood import CATEGORICAL, Likelihood
 from regraft.task.types.span_metrics import SPAN_F1, TOKEN_ACCURACY, span_f1
 from regraft.task.types.span_views import compare_taggers, show_examples, show_flips
@@ -65,12 +66,14 @@ class TokenClassification(Task):
         scheme: The tagging scheme of the data; by default, it is inferred from the tags of train.
         output_scheme: The tagging scheme of the model's outputs, to which tags are converted.
         metric: The name of the metric that is reported.
+        shots: The number of training sentences to keep by their rarest type of spans; by default, all are kept.
     """
 
     peft_task_type: ClassVar[str] = "TOKEN_CLS"
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     pipeline_tag: ClassVar[str] = "token-classification"
     metrics: ClassVar[tuple[Metric, ...]] = (SPAN_F1, TOKEN_ACCURACY)
+    problem_types: ClassVar[tuple[str | None, ...]] = ANY_PROBLEM_TYPE
     likelihood: ClassVar[Likelihood] = CATEGORICAL
     guess: ClassVar[str] = "the most frequent tag for every word"
 
@@ -86,6 +89,7 @@ class TokenClassification(Task):
         default=None, validate_default=True, description="a list of tags, each of them text"
     )
     metric: MetricName = Field(default="span_f1", description=f"one of {', '.join(get_args(MetricName))}")
+    shots: int | None = Field(default=None, ge=1, description="a whole number of sentences per type, 1 or more")
 
     @property
     def outputs(self) -> Scheme:
