@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import warnings
@@ -201,6 +202,15 @@ def test_scores_of_empty_label_sets_are_0() -> None:
     sets = np.zeros((4, 3), dtype=int)
     assert score("micro_f1", sets, sets) == score("macro_f1", sets, sets) == 0
     assert score("subset_accuracy", sets, sets) == 1
+
+
+@pytest.mark.parametrize("metric", ["micro_f1", "macro_f1", "subset_accuracy"])
+def test_chance_of_label_sets_is_the_best_set_by_the_metric(metric: str) -> None:
+    targets = np.random.default_rng(3).binomial(1, [0.1, 0.3, 0.35], size=(40, 3))
+    task = make_task("multi-label-classification", metric=metric)
+    chance = score(task.scoring, targets, np.array([task.chance_prediction(targets, LABELS)] * 40))
+    sets = itertools.product((0, 1), repeat=3)
+    assert chance == max(score(task.scoring, targets, np.array([labels] * 40)) for labels in sets)
 
 
 def test_chance_is_the_best_constant_prediction(tasks) -> None:
