@@ -156,7 +156,7 @@ class MultiLabelClassification(TextTask):
         import numpy as np
 
         if self.metric == MACRO_F1.name:
-            return [int(occurs) for occurs in targets.any(axis=0)]
+            return [int(occurs) for occurs in targets.max(axis=0)]
         if self.metric == SUBSET_ACCURACY.name:
             sets, counts = np.unique(targets, axis=0, return_counts=True)
             return [int(is_present) for is_present in sets[counts.argmax()]]
