@@ -85,6 +85,7 @@ def test_a_metric_to_minimise_leads_to_the_same_choices():
     assert "+0.500 [-0.100, +1.00]" in with_gain.reasons[3].value
     assert [reason.value for reason in with_gain.reasons[:3]] == ["0.3162", "0.3317", "0.7000"]
     assert [error.format_score(score) for score in (12345.6, 0.0, -2.5, 4e-7)] == ["12,346", "0.000", "-2.500", "4e-07"]
+    assert [error.format_deviation(score) for score in (1234.5, 0.0156, 0.0)] == ["1,234", "0.016", "0.0"]
     assert error.describe(1234.5, "d") == "1,234"
     assert error.round_score(1.23456789e-7) == 1.23457e-7
 

@@ -158,6 +158,8 @@ def test_summaries_equal_those_computed_by_hand():
     assert once.route == "at once"
     assert once.scores == pytest.approx((0.85, 0.75, 0.7))
     assert (hops.seeds, once.seeds) == (2, 2)
+    equal = [make_row(0, "tune", 0.9), make_row(1, "init", 0.9)]
+    assert str(summarise_routes(["a", "b"], equal)[0].decay) == "0.0"  # not -0.0
 
 
 @pytest.mark.parametrize(

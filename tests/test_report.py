@@ -272,6 +272,16 @@ def test_flips_are_searched_and_filtered(page_file, visit):
     assert set(rows.locator("td:nth-child(4)").all_inner_texts()) == {"anger"}
 
 
+def test_flips_with_a_target_each_have_no_filter_of_targets(tmp_path):
+    content = make_diagnosis()
+    for index, flip in enumerate(content["regressions"]["flips"]):
+        flip["label"] = f"{index}.5"
+    write_diagnosis(tmp_path / "check", content)
+    page = write_report(tmp_path, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<select data-kind" in page
+    assert "<select data-label" not in page
+
+
 def test_chosen_theme_is_remembered(page_file, visit):
     page = visit(page_file, scheme="dark")
     background = "getComputedStyle(document.body).backgroundColor"

@@ -212,7 +212,8 @@ def test_query_heads_that_share_keys_are_compared(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kind"), [("bert", "prefix"), ("roberta", "prompt"), ("llama", "prefix"), ("bert", "bottleneck")]
+    ("architecture", "kind"),
+    [("bert", "prefix"), ("roberta", "prompt"), ("roberta", "prefix"), ("llama", "prefix"), ("bert", "bottleneck")],
 )
 def test_adapters_with_virtual_tokens_and_bottlenecks_are_compared(opened_bases, data, tmp_path, architecture, kind):
     old, new = opened_bases[architecture]

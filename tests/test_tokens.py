@@ -53,6 +53,7 @@ from regraft.task.bootstrap import resampled_scores
 from regraft.task.split import Split, object_array
 from regraft.task.types import ModelPredictions, Span
 from regraft.task.types.span_metrics import SPAN_F1, span_f1
+from regraft.task.types.span_views import MAX_WORDS
 from regraft.task.types.tagging import SCHEMES, TaggedSpan, detect_scheme
 
 if TYPE_CHECKING:
@@ -271,6 +272,9 @@ def test_invalid_conll_files_are_refused(tmp_path):
     assert_mentions(error, file, "row 3", "1 columns")
     with pytest.raises(DataError, match=r"have numbers, not names.*words: 0, tags: -1"):
         read_task(make_task(str(file)))
+    file.write_text("a X O\n\nb X B-A\n")
+    with pytest.raises(DataError, match="of which 2, -1 are the same one"):
+        read_task(make_task(str(file), words=2, tags=-1))
 
 
 @pytest.mark.parametrize(
@@ -283,6 +287,7 @@ def test_invalid_conll_files_are_refused(tmp_path):
         ({"labels": ["B-A", "I-A"]}, "must list 'O'"),
         ({"scheme": "BIO"}, "IOB2"),
         ({"metric": "accuracy"}, "span_f1"),
+        ({"shots": 0}, "sentences per type"),
     ],
 )
 def test_invalid_keys_are_refused(keys, message):
@@ -576,6 +581,7 @@ def test_labels_of_a_model_of_transformers_are_matched_by_name(tmp_path, bases, 
     old, _ = bases["bert"]
     labels = ("I-bad", "B-good", "O", "B-bad", "I-good")
     settings = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    settings["problem_type"] = "regression"  # transformers does not read it for a tagger
     torch.manual_seed(5)
     model = AutoModelForTokenClassification.from_pretrained(old, num_labels=5, **settings)
     rows = make_rows(16, 3)
@@ -634,6 +640,14 @@ def test_task_check_shows_sentences_with_their_spans(task_file):
     printed = run_command("task", "check", task_file)
     for part in ("Spans in train", "bad", "good", "](bad)", "](good)"):
         assert part in printed
+
+
+def test_a_long_sentence_is_shown_in_part(tmp_path):
+    rows = [{"words": ["a", "b"] * 200, "tags": ["O", "B-A"] * 200}] * 2
+    data = read_task(make_task(write_table(tmp_path / "train.jsonl", rows)))
+    shown = data.task.example_views(data.train, data.labels)[1].texts[0]
+    assert sum(span.mark == "A" for span in shown) == MAX_WORDS // 2
+    assert shown[-1].text == " …"
 
 
 def test_label_free_reads_raw_text(tmp_path, bases, task_file):

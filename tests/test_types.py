@@ -161,6 +161,21 @@ def test_predictions_and_confidence() -> None:
 # ---- metrics
 
 
+def compute_concordance(x: np.ndarray, y: np.ndarray) -> float:
+    """Return Lin's concordance correlation coefficient as he defines it."""
+    covariance = ((x - x.mean()) * (y - y.mean())).mean()
+    scale = x.var() + y.var() + (x.mean() - y.mean()) ** 2
+    return float(2 * covariance / scale) if scale else 1.0
+
+
+def test_agreement_of_numbers_falls_with_their_scale_and_offset(tmp_path: Path) -> None:
+    data = read_rows(tmp_path, "text-regression", make_rows(40, 5))
+    numbers = data.train.targets
+    assert agreement(data, numbers, numbers) == 1
+    assert score("pearson", numbers, 0.6 * numbers + 10) == pytest.approx(1)
+    assert agreement(data, numbers, 0.6 * numbers + 10) < 0.9
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(["continuous", "tied", "large"]))
 def test_scores_of_resamples_equal_those_of_scikit_learn_and_scipy(seed: int, numbers_are: str) -> None:
@@ -177,6 +192,7 @@ def test_scores_of_resamples_equal_those_of_scikit_learn_and_scipy(seed: int, nu
         "subset_accuracy": (sets, accuracy_score),
         "pearson": (numbers, lambda a, b: pearsonr(a, b).statistic),
         "spearman": (numbers, lambda a, b: spearmanr(a, b).statistic),
+        "concordance": (numbers, compute_concordance),
         "rmse": (numbers, root_mean_squared_error),
     }
     for metric, ((targets, predictions), reference) in references.items():
@@ -226,6 +242,15 @@ def test_scores_of_empty_label_sets_are_0() -> None:
     sets = np.zeros((4, 3), dtype=int)
     assert score("micro_f1", sets, sets) == score("macro_f1", sets, sets) == 0
     assert score("subset_accuracy", sets, sets) == 1
+
+
+@pytest.mark.parametrize("metric", ["micro_f1", "macro_f1", "subset_accuracy"])
+def test_chance_of_label_sets_is_the_best_set_by_the_metric(metric: str) -> None:
+    targets = np.random.default_rng(3).binomial(1, [0.1, 0.3, 0.35], size=(40, 3))
+    task = make_task("multi-label-classification", metric=metric)
+    chance = score(task.scoring, targets, np.array([task.chance_prediction(targets, LABELS)] * 40))
+    sets = itertools.product((0, 1), repeat=3)
+    assert chance == max(score(task.scoring, targets, np.array([labels] * 40)) for labels in sets)
 
 
 def test_chance_is_the_best_constant_prediction(tasks) -> None:
@@ -285,7 +310,7 @@ def test_an_invalid_row_is_named(tmp_path: Path, type_name: str, keys: Any, row:
         ("text-regression", {"label": "text"}, ["'label' names 'text'"]),
         ("text-regression", {"labels": ["a", "b"]}, ["unknown key 'labels'"]),
         ("text-regression", {"shots": 0}, ["examples in all"]),
-        ("text-regression", {"metric": "mse"}, ["pearson, spearman, rmse"]),
+        ("text-regression", {"metric": "mse"}, ["pearson, spearman, concordance, rmse"]),
         ("multi-label-classification", {"label": ["a", "a"]}, ["'label' lists 'a' more than once"]),
         ("multi-label-classification", {"label": ["a"]}, ["'label' lists 1 label"]),
         ("multi-label-classification", {"label": ["a", "text"]}, ["'label' names 'text'"]),
@@ -314,6 +339,25 @@ def test_train_has_more_than_one_target(tmp_path: Path) -> None:
         with pytest.raises(DataError) as error:
             read_rows(tmp_path, type_name, rows)
         assert_mentions(error, "every row has", phrase)
+
+
+@pytest.mark.parametrize("numbers", [[1e9, 1e9 + 1, 1e9 + 2], [1e308, -1e308]], ids=["close", "huge"])
+def test_numbers_that_float32_cannot_tell_apart_are_refused(tmp_path: Path, numbers: list[float]) -> None:
+    rows = [row | {"value": numbers[index % len(numbers)]} for index, row in enumerate(make_rows(12, 5))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match=r"float32.*'value'.*Subtract their mean"):
+            read_rows(tmp_path, "text-regression", rows)
+
+
+def test_small_numbers_are_shown_with_their_digits(tmp_path: Path) -> None:
+    file = write_table(tmp_path / "train.jsonl", make_rows(40, 5, unit=1e-6))
+    keys = {"type": "text-regression", "text": "text", "label": "value", "tolerance": 1e-6, "metric": "rmse"}
+    (tmp_path / "task.yaml").write_text(json.dumps({"train": file, **keys}))
+    printed = run_command("task", "check", tmp_path / "task.yaml")
+    assert "median" in printed
+    assert printed.count("e-06") + printed.count("e−06") > 5
+    assert "0.000" not in printed
 
 
 def test_numbers_are_read_from_text(tmp_path: Path) -> None:

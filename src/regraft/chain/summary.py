@@ -92,7 +92,8 @@ def _summarise(
     scored_means = [mean for mean in means if mean is not None]
     decay = None
     if method != "scratch" and len(scored_means) > 1:
-        decay = -metric.merit(statistics.linear_regression(scored_bases, scored_means).slope)
+        slope = statistics.linear_regression(scored_bases, scored_means).slope
+        decay = 0.0 - metric.merit(slope)  # not -merit, which would be -0.0 for equal scores
     later_recoveries = [_mean_recovery(base_rows, scratch_rows) for base_rows in rows_by_base[1:]]
     return RouteSummary(
         task=rows[0].task,

@@ -64,7 +64,8 @@ def print_chain(bases: Sequence[str], rows: "Sequence[ChainRow]") -> None:
             scores = [
                 MISSING
                 if score is None
-                else metric.format_score(score) + ("" if deviation is None else f" ±{metric.format_score(deviation)}")
+                else metric.format_score(score)
+                + ("" if deviation is None else f" ±{metric.format_deviation(deviation)}")
                 for score, deviation in zip(summary.scores, summary.deviations, strict=True)
             ]
             decay = MISSING if summary.decay is None else f"{metric.describe(summary.decay)}{metric.unit}"

@@ -89,7 +89,7 @@ def print_comparison(comparison: "regraft.Comparison") -> None:
     columns = ("dev at\nstep 0", "dev\nbest", split, "reco-\nvery", "to reach\nscratch", "negative\nflips", "labels")
     table = new_table(f"{comparison.task}: {comparison.metric} on {split}, seeds {seeds}", ("method",), columns)
     for row in rows:
-        deviation = "" if row.test_deviation is None else f" ±{metric.format_score(row.test_deviation)}"
+        deviation = "" if row.test_deviation is None else f" ±{metric.format_deviation(row.test_deviation)}"
         steps_to_scratch = MISSING
         if row.steps_to_scratch is not None and row.seconds_to_scratch is not None:
             steps_to_scratch = f"{row.steps_to_scratch:.0f} ({row.seconds_to_scratch:.0f} s)"

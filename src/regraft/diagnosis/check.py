@@ -43,7 +43,7 @@ class Check:
         floor: The chance score: the score of the best constant prediction.
         retained: (new − floor) / (old − floor); None if old is no better than chance.
         agreement: The score of the predictions on the new base, with the predictions on the old base as targets, by
-            the first metric of the task type: in classification, the share of equal predictions. It is the share of
+            the agreement metric of the task type: in classification, the share of equal predictions. It is the share of
             right predictions if 1 is not the best score of that metric.
         negative_flips: The share of examples that were right before the upgrade and are wrong after it.
         positive_flips: The share of examples that were wrong before the upgrade and are right after it.

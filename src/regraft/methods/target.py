@@ -170,7 +170,7 @@ def pseudo_labelled_data(job: Job) -> TaskData:
         job: The job, with the old model and the task's unlabelled data.
 
     Returns:
-        The task's data, marked as labelled, with the task type's first metric.
+        The task's data, marked as labelled, with the task type's agreement metric.
     """
     old = job.old_deployment()
     task = job.data.task
@@ -178,5 +178,5 @@ def pseudo_labelled_data(job: Job) -> TaskData:
         dataclasses.replace(split, targets=task.as_targets(old.predictions(split)))
         for split in (job.data.train, job.data.dev)
     )
-    data = job.data.with_settings(metric=task.metrics[0].name)
+    data = job.data.with_settings(metric=(task.agreement_metric or task.metrics[0]).name)
     return dataclasses.replace(data, train=train, dev=dev, labelled=True)

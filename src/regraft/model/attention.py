@@ -67,7 +67,8 @@ def record_activations(model: nn.Module, batch: Mapping[str, torch.Tensor], prec
     def take_maps(module: nn.Module, args: Any, output: Any) -> Any:
         nonlocal attention
         attention = output.get("attentions") or ()
-        return type(output)(**{name: value for name, value in output.items() if name != "attentions"})
+        # PEFT's prefix tuning takes the second output as the pooled one, so no maps, self or cross, may be left
+        return type(output)(**{name: value for name, value in output.items() if not name.endswith("attentions")})
 
     handles = [body.register_forward_hook(take_maps)]
     parameters = inspect.signature(body.forward).parameters.values()

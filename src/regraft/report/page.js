@@ -35,7 +35,7 @@
       var words = search.value.toLowerCase().split(/\s+/).filter(Boolean), shown = 0;
       entries.forEach(function (entry) {
         var matches = (!kind.value || entry.row.dataset.kind === kind.value) &&
-          (!label.value || entry.row.dataset.label === label.value) &&
+          (!label || !label.value || entry.row.dataset.label === label.value) &&
           words.every(function (word) { return entry.text.includes(word); });
         entry.row.hidden = !matches;
         shown += matches;

@@ -123,8 +123,9 @@ class FlipBrowser:
 
     @property
     def labels(self) -> list[str]:
-        """The targets of the flips, in alphabetical order."""
-        return sorted({flip.label for flip in self.flips})
+        """The targets to filter flips by, in alphabetical order; empty if most flips have a target of their own."""
+        labels = sorted({flip.label for flip in self.flips})
+        return labels if 2 * len(labels) <= len(self.flips) else []  # such as numbers, or the tags of sentences
 
 
 Block = Table | Charts | Facts | Prose | Commands | MarkedTexts | FlipBrowser

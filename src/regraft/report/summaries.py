@@ -97,7 +97,8 @@ def settings_by_task(inputs: ReportInputs) -> dict[str, list[Setting]]:
     runs_by_setting: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in inputs.runs:
         task = run.record.task
-        runs_by_setting[task.name, task.metric, run.record.base.fingerprint, run.record.kind, task.train].append(run)
+        key = (task.name, task.type, task.metric, run.record.base.fingerprint, run.record.kind, task.train)
+        runs_by_setting[key].append(run)
     settings: dict[str, list[Setting]] = defaultdict(list)
     for runs in sorted(runs_by_setting.values(), key=len, reverse=True):
         settings[runs[0].record.task.name].append(_setting(runs, inputs))

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 MISSING = "–"
 """What a cell shows in place of a missing figure."""
+SMALL_CELL = 5e-4
+"""The size below which three decimals would show a cell of a table view as 0."""
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -172,4 +174,6 @@ def format_cell(column: Column, cell: Cell) -> str:
     if column.form == "share":
         return percent(cell)
     sign = "+" if column.form == "change" and cell > 0 else ""
+    if 0 < abs(cell) < SMALL_CELL:  # such as the error of a regression, whose unit may be small
+        return f"{sign}{cell:.3g}".replace("-", "−")
     return sign + number(cell)

@@ -38,7 +38,7 @@ def read_conll(path: Path, text: str, columns: Sequence[str]) -> tuple[dict[str,
         For each column, the list of its fields in each sentence; and the number of each sentence's first line.
 
     Raises:
-        DataError: The columns are names, or a line has too few columns.
+        DataError: The columns are names, or a line has too few columns, or two numbers mean the same column of it.
     """
     if not are_column_numbers(columns):
         raise DataError(
@@ -61,6 +61,11 @@ def read_conll(path: Path, text: str, columns: Sequence[str]) -> tuple[dict[str,
             raise DataError(
                 f"{path}, row {row}: has {len(fields)} columns ({stripped!r:.80}), but columns {', '.join(columns)} "
                 "are requested. Correct the row, or the numbers of the columns, which are counted from 0."
+            )
+        if len({number % len(fields) for number in numbers}) < len(numbers):
+            raise DataError(
+                f"{path}, row {row}: has {len(fields)} columns ({stripped!r:.80}), of which {', '.join(columns)} are "
+                "the same one. Use the columns of words and of tags."
             )
         if not is_inside:
             sentences.append([])

@@ -106,6 +106,14 @@ class Metric:
         """
         return f"{score:.{decimals}f}" if self.is_bounded else _format_significant(score, 4)
 
+    def format_deviation(self, deviation: float) -> str:
+        """Format a standard deviation of scores, with two significant digits if the metric is not bounded.
+
+        Args:
+            deviation: The standard deviation.
+        """
+        return self.format_score(deviation) if self.is_bounded else _format_significant(deviation, 2)
+
     def round_score(self, score: float) -> float:
         """Round a score or a difference for a record: to four decimals, or to six digits if the metric is not bounded.
 

@@ -103,10 +103,10 @@ def agreement(data: TaskData, references: Sequence[Any], predictions: Sequence[A
         predictions: The predictions of the model.
 
     Returns:
-        The score by the first metric of the task type; the share of right predictions if 1 is not its best score.
+        The score by the agreement metric of the task type; the share of right predictions if 1 is not its best score.
     """
     targets = data.task.as_targets(references)
-    metric = data.task.bind_metric(data.task.metrics[0], data.labels)
+    metric = data.task.bind_metric(data.task.agreement_metric or data.task.metrics[0], data.labels)
     if metric.is_bounded and metric.higher_is_better:
         return score(metric, targets, predictions)
     return statistics.fmean(data.task.right(targets, predictions))

@@ -10,6 +10,10 @@ from regraft.errors import MAX_LISTED
 if TYPE_CHECKING:
     from regraft.task.types.type import Task
 
+ANY_PROBLEM_TYPE = (None, "single_label_classification", "multi_label_classification", "regression")
+"""All values of `problem_type` in transformers, for types whose classes in transformers do not read it: the value may
+be left from the base's config."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Head:

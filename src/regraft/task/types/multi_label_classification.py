@@ -72,7 +72,7 @@ class MultiLabelClassification(TextTask):
     metrics: ClassVar[tuple[Metric, ...]] = (MICRO_F1, MACRO_F1, SUBSET_ACCURACY)
     problem_types: ClassVar[tuple[str | None, ...]] = ("multi_label_classification",)
     likelihood: ClassVar[Likelihood] = BERNOULLI
-    guess: ClassVar[str] = "the most frequent labels"
+    guess: ClassVar[str] = "the best single set of labels"
 
     type: Literal["multi-label-classification"] = "multi-label-classification"
     label: _Label | None = Field(
@@ -148,12 +148,18 @@ class MultiLabelClassification(TextTask):
         return np.asarray(np.log((counts + 0.5) / (len(targets) - counts + 0.5)))
 
     def chance_prediction(self, targets: Targets, labels: Sequence[str]) -> list[int]:
-        """Return the set of labels with the best micro F1 on the training examples; see `Task.chance_prediction`.
+        """Return the set of labels with the best score on the training examples; see `Task.chance_prediction`.
 
-        The best set of k labels is that of the k most frequent ones, so one set of each size is compared.
+        By micro F1, the best set of k labels is that of the k most frequent ones, so one set of each size is compared;
+        by macro F1, every label that occurs adds to the score; by subset accuracy, it is the most frequent set.
         """
         import numpy as np
 
+        if self.metric == MACRO_F1.name:
+            return [int(occurs) for occurs in targets.max(axis=0)]
+        if self.metric == SUBSET_ACCURACY.name:
+            sets, counts = np.unique(targets, axis=0, return_counts=True)
+            return [int(is_present) for is_present in sets[counts.argmax()]]
         frequencies = targets.sum(axis=0)
         order = np.argsort(-frequencies, kind="stable")
         num_predicted = len(targets) * np.arange(1, len(labels) + 1)

@@ -41,6 +41,26 @@ def _pearson(sums: Floats) -> Floats:
     return np.where(is_constant, 0.0, (xy - x * y / count) / scale)
 
 
+def _paired_moments(targets: Floats, predictions: Floats) -> csr_array:
+    """Return the moments of a concordance, examples × 6: as `_moments`, with both numbers less the targets' median."""
+    import numpy as np
+    from scipy.sparse import csr_array
+
+    x, y = targets - np.median(targets), predictions - np.median(targets)
+    return csr_array(np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], axis=1))
+
+
+def _concordance(sums: Floats) -> Floats:
+    """Return 1 − mean squared difference ÷ its expectation for independent x and y, from sums of `_paired_moments`."""
+    import numpy as np
+
+    count, x, y, xx, yy, xy = sums.T
+    expected = (xx + yy) / count - 2 * x * y / count**2
+    difference = (xx + yy - 2 * xy) / count
+    # equal constants agree by definition, different ones do not
+    return np.where(expected > 0, 1 - difference / np.where(expected > 0, expected, 1), 1.0)
+
+
 def _evaluate_ranks(targets: Floats, predictions: Floats) -> Evaluation:
     """Return an evaluation that ranks each resample anew, equal numbers by the mean of their ranks; NaN has no rank."""
     import numpy as np
@@ -98,5 +118,8 @@ PEARSON = sum_metric("pearson", _moments, _pearson)
 """Pearson's correlation, from −1 to 1; 0 if all targets or all predictions are equal."""
 SPEARMAN = Metric("spearman", _evaluate_ranks)
 """Spearman's correlation, which is Pearson's of the ranks; 0 if all targets or all predictions are equal."""
+CONCORDANCE = sum_metric("concordance", _paired_moments, _concordance)
+"""Lin's concordance correlation coefficient (1989, Biometrics 45), from −1 to 1: 1 if the numbers are equal, while a
+correlation is also 1 if they are linearly related."""
 RMSE = sum_metric("rmse", _squared_errors, _root_mean, higher_is_better=False, is_bounded=False)
 """The root of the mean squared error, in the unit of the targets."""

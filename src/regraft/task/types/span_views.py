@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_SENTENCES = 5
 """The most sentences of a view of marked text: enough to see what the tags mean."""
+MAX_WORDS = 60
+"""The most words that are shown of an example of the data: more than most sentences have, less than a document."""
 
 
 def compare_taggers(
@@ -83,10 +85,14 @@ def show_examples(split: Split, labels: Sequence[str], scheme: Scheme) -> tuple[
             order.append((not types & unseen, index))  # sentences with a new type come first
         unseen -= types
     shown = sorted(index for _, index in sorted(order)[:MAX_SENTENCES])
-    texts = tuple(mark_spans(split.inputs[index], spans_by_sentence[index]) for index in shown)
+    texts = []
+    for index in shown:
+        words = split.inputs[index]
+        spans = [span for span in spans_by_sentence[index] if span.end <= MAX_WORDS]
+        texts.append((*mark_spans(words[:MAX_WORDS], spans), *([Span(" …")] if len(words) > MAX_WORDS else [])))
     return (
         Table(f"Spans in {split.name}", columns, rows),
-        MarkedText(f"Sentences of {split.name} with their spans", texts),
+        MarkedText(f"Sentences of {split.name} with their spans", tuple(texts)),
     )
 
 

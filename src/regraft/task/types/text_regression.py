@@ -14,7 +14,7 @@ from regraft.task.metric import Metric  # noqa: TC001 (pydantic reads annotation
 from regraft.task.split import Split
 from regraft.task.types.label_names import decode_label
 from regraft.task.types.likelihood import Likelihood, Normal
-from regraft.task.types.number_metrics import PEARSON, RMSE, SPEARMAN
+from regraft.task.types.number_metrics import CONCORDANCE, PEARSON, RMSE, SPEARMAN
 from regraft.task.types.probes import number_probe
 from regraft.task.types.texts import ColumnName, TextTask
 from regraft.task.types.view import Column, Scatter, Series, Table
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from regraft.task.split import Integers, Targets
     from regraft.task.types.view import ModelPredictions, View
 
-MetricName = Literal["pearson", "spearman", "rmse"]
+MetricName = Literal["pearson", "spearman", "concordance", "rmse"]
 MAX_STRATA = 8
 """The largest number of ranges between quantiles that samples are drawn from; arbitrary: a sample of 8 covers all."""
 MAX_POINTS = 1000
@@ -34,6 +34,10 @@ MAX_POINTS = 1000
 QUANTILES = {"least": 0.0, "5th percentile": 0.05, "1st quartile": 0.25, "median": 0.5}
 QUANTILES |= {"3rd quartile": 0.75, "95th percentile": 0.95, "greatest": 1.0}
 """The quantiles that `task check` shows, by name."""
+OUTPUT_PRECISION = 1e-5
+"""The share of the largest number that the standard deviation must exceed: about a hundred steps of float32."""
+MAX_DEVIATION = 1e18
+"""The largest standard deviation: float32 cannot hold the squares of larger numbers."""
 
 
 class TextRegression(TextTask):
@@ -54,7 +58,8 @@ class TextRegression(TextTask):
     peft_task_type: ClassVar[str] = "SEQ_CLS"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     pipeline_tag: ClassVar[str] = "text-classification"
-    metrics: ClassVar[tuple[Metric, ...]] = (PEARSON, SPEARMAN, RMSE)
+    metrics: ClassVar[tuple[Metric, ...]] = (PEARSON, SPEARMAN, CONCORDANCE, RMSE)
+    agreement_metric: ClassVar[Metric | None] = CONCORDANCE
     problem_types: ClassVar[tuple[str | None, ...]] = ("regression",)
     head_policies: ClassVar[tuple[str, ...]] = ("copy", "fresh")
     likelihood: ClassVar[Likelihood] = Normal()
@@ -94,6 +99,8 @@ class TextRegression(TextTask):
                 f"{train.source}: every row has the number {train.targets[0]:g} in column {self.label!r}; a task needs "
                 "two numbers or more. Check that it is the column of numbers."
             )
+        if self.label is not None:
+            self._check_precision(train)
         if self.tolerance is None:
             suggestion = ""
             if self.label is not None:
@@ -222,6 +229,19 @@ class TextRegression(TextTask):
         return (
             Table(f"Numbers in {split.name}", (Column("statistic", "text"), Column("value", "number")), tuple(rows)),
         )
+
+    def _check_precision(self, train: Split) -> None:
+        """Refuse training targets that float32, in which models compute, cannot tell apart or hold."""
+        import numpy as np
+
+        least, greatest = train.targets.min(), train.targets.max()
+        with np.errstate(over="ignore", invalid="ignore"):
+            is_precise = OUTPUT_PRECISION * max(-least, greatest) < train.targets.std() < MAX_DEVIATION
+        if not is_precise:
+            raise DataError(
+                f"{train.source}: models compute in float32, which cannot tell the numbers in column {self.label!r} "
+                f"apart ({least:.9g} to {greatest:.9g}). Subtract their mean, or divide them by their largest."
+            )
 
     def _numbers(self, table: SourceTable) -> list[float]:
         """Return the number of each row; for unlabelled data, 0 as a placeholder."""

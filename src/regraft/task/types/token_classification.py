@@ -15,6 +15,7 @@ from regraft.task.labels import format_names
 from regraft.task.metric import Metric  # noqa: TC001 (pydantic reads annotations)
 from regraft.task.split import Split, object_array
 from regraft.task.types.examples import Examples
+from regraft.task.types.head import ANY_PROBLEM_TYPE
 from regraft.task.types.likelihood import CATEGORICAL, Likelihood
 from regraft.task.types.probes import class_probe
 from regraft.task.types.span_metrics import SPAN_F1, TOKEN_ACCURACY, span_f1
@@ -70,6 +71,7 @@ class TokenClassification(Task):
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     pipeline_tag: ClassVar[str] = "token-classification"
     metrics: ClassVar[tuple[Metric, ...]] = (SPAN_F1, TOKEN_ACCURACY)
+    problem_types: ClassVar[tuple[str | None, ...]] = ANY_PROBLEM_TYPE
     likelihood: ClassVar[Likelihood] = CATEGORICAL
     guess: ClassVar[str] = "the most frequent tag for every word"
     digest_keys: ClassVar[tuple[str, ...]] = ("output_scheme",)

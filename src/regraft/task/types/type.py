@@ -45,7 +45,9 @@ class Task(TaskViews, ABC):
     auto_class: ClassVar[str]
     """The name of the transformers class that loads a model with a head for this type."""
     metrics: ClassVar[tuple[Metric, ...]]
-    """The metrics to choose from. The first is the default, and measures the agreement of two models."""
+    """The metrics to choose from; the first is the default."""
+    agreement_metric: ClassVar[Metric | None] = None
+    """The one of `metrics` that measures the agreement of two models; None for the first."""
     likelihood: ClassVar[Likelihood]
     """The distribution over targets that a model's outputs parametrise; see `likelihood_for`."""
     guess: ClassVar[str]
