@@ -40,6 +40,7 @@ from regraft.task import (
     agreement,
     chance_score,
     data_warnings,
+    find_metric,
     read_task,
     score,
 )
@@ -685,10 +686,9 @@ def test_outputs_may_differ_from_labels_in_number_and_names(bases, tmp_path: Pat
     assert settings["id2label"] == {"0": "low|middle", "1": "middle|high"}
 
 
-def test_agreement_is_a_share_if_the_first_metric_is_an_error(tasks, monkeypatch) -> None:
+def test_agreement_is_a_share_if_its_metric_is_an_error(tasks, monkeypatch) -> None:
     data = read_task(tasks["text-regression"])
     old, new = [0.0, 50.0, 100.0, 80.0], [0.0, 55.0, 100.0, 20.0]  # the tolerance is 10
-    assert agreement(data, old, new) == score("pearson", old, new)
-    errors_first = sorted(TextRegression.metrics, key=lambda metric: metric.higher_is_better)
-    monkeypatch.setattr(TextRegression, "metrics", tuple(errors_first))
+    assert agreement(data, old, new) == score("concordance", old, new)
+    monkeypatch.setattr(TextRegression, "agreement_metric", find_metric("rmse"))
     assert agreement(data, old, new) == 0.75
