@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from regraft.report.charts import draw_learning_curves, draw_method_scores
 from regraft.report.page import Block, Chart, Charts, Prose, Section, Table
-from regraft.report.wording import MISSING, duration, integer, join_words, percent, score_text
+from regraft.report.wording import MISSING, duration, integer, join_words, number, percent, score_text
 from regraft.task import find_metric
 
 if TYPE_CHECKING:
@@ -87,8 +87,11 @@ def _method_table(setting: Setting) -> Table:
 
 
 def _score_with_deviation(summary: MethodSummary, metric: Metric) -> str:
-    deviation = "" if summary.deviation is None else f" ± {score_text(summary.deviation, metric)}"
-    return score_text(summary.score, metric) + deviation
+    score = score_text(summary.score, metric)
+    if summary.deviation is None:
+        return score
+    write_deviation = number if metric.is_bounded else metric.format_deviation
+    return f"{score} ± {write_deviation(summary.deviation)}"
 
 
 def _score_chart(setting: Setting, name: str) -> Chart:
