@@ -39,6 +39,7 @@ ENTRY_NAMES = ("scratch", "direct", "init+distill, flip-aware")
     [
         ("methods", "methods", "RESULTS"),
         ("verdict", "verdict", "RESULTS"),
+        ("task_types", "task_types", "RESULTS"),
         ("paper", "reproduce", "PUBLISHED"),
     ],
 )
