@@ -410,7 +410,7 @@ def read_task_rows(folder: Path, split: str) -> list[dict[str, Any]]:
         ("news-outlet", (2_708, 300, 773), 250),
         ("licence-category", (9_338, 1_045, 3_463), 600),
         ("mesh-headings", (10_638, 1_182, 3_011), 360),
-        ("sentence-position", (33_867, 3_771, 9_507), 3_000),
+        ("sentence-position", (33_867, 3_771, 9_507), 1_800),
         ("licence-phrases", (962, 113, 348), 1_000),
     ],
 )
