@@ -6,38 +6,22 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, Protocol
 
+from regraft.task.types.dense import DenseLikelihood, Signal
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
 
-    from regraft.task.split import Integers
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Signal:
-    """The part of a teacher's outputs that a student learns from.
-
-    Args:
-        logits: The teacher's logits, rows × outputs.
-    """
-
-    logits: torch.Tensor
-
-    def take(self, rows: torch.Tensor | Integers | slice, template: torch.Tensor) -> Signal:
-        """Return the signal of some rows.
-
-        Args:
-            rows: The indices of the rows, on the CPU.
-            template: A tensor that has the device and dtype of the result, such as the student's logits.
-        """
-        return Signal(self.logits[rows].to(template))
-
 
 class Likelihood(Protocol):
-    """A family of distributions over targets; each row of logits parametrises one distribution."""
+    """A family of distributions over targets; each row of logits parametrises one distribution.
 
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "none") -> torch.Tensor:
+    Logits are a tensor, rows × outputs, and signals a `Signal`; over a vocabulary, they are `TokenLogits` and
+    `TopKSignal` or `StateSignal`.
+    """
+
+    def loss(self, logits: Any, targets: torch.Tensor, reduction: str = "none") -> torch.Tensor:
         """Compute the negative log-likelihood of targets, in nats.
 
         Args:
@@ -46,29 +30,77 @@ class Likelihood(Protocol):
             reduction: `none` for one value per row, or `mean` for their mean.
         """
 
-    def signal(self, logits: torch.Tensor) -> Signal:
+    def signal(self, logits: Any) -> Any:
         """Extract the signal that a student learns from.
 
         Args:
             logits: The teacher's logits, rows × outputs.
         """
 
-    def divergence_terms(self, logits: torch.Tensor, signal: Signal, temperature: float = 1.0) -> torch.Tensor:
-        """Compute the terms of KL(teacher ‖ student), both softened by a temperature.
+    def cached_tensors(
+        self, logits: Any, *, top_k: int = 0, temperature: float = 1.0, student_ids: Any = None
+    ) -> dict[str, torch.Tensor]:
+        """Return the tensors that a cache stores of a teacher's outputs, one row per row of the logits.
 
-        Their sum over a row is the divergence of that row. The terms are returned unsummed because the distillation
-        loss weights each of them.
+        Args:
+            logits: The teacher's logits, rows × outputs.
+            top_k: Over a vocabulary: the number of most likely tokens to cache; 0 for the hidden states.
+            temperature: Over a vocabulary: the divisor of the logits of the most likely tokens.
+            student_ids: Over a vocabulary: the student's id of each token of the teacher's; None if they are equal.
+        """
+
+    def cached_signal(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        head: Any = None,
+        temperature: float = 1.0,
+        student_ids: torch.Tensor | None = None,
+    ) -> Any:
+        """Return the signal that the tensors of a cache stand for.
+
+        Args:
+            tensors: The tensors of `cached_tensors`, for all rows.
+            head: The teacher's `VocabularyHead`, if hidden states were cached.
+            temperature: The temperature of `cached_tensors`.
+            student_ids: The ids of `cached_tensors`.
+        """
+
+    def teacher_is_right(self, signal: Any, targets: torch.Tensor) -> torch.Tensor:
+        """Return whether the teacher's most likely target of each row is right.
+
+        Args:
+            signal: The teacher's signal.
+            targets: One target per row.
+        """
+
+    def mean_divergence(
+        self,
+        logits: Any,
+        signal: Any,
+        temperature: float = 1.0,
+        row_weights: torch.Tensor | None = None,
+        *,
+        kind: str = "forward",
+        mixture: float = 0.5,
+        per_output: bool = False,
+    ) -> torch.Tensor:
+        """Compute the mean divergence of a student from a teacher over rows, both softened by a temperature.
 
         Args:
             logits: The student's logits, rows × outputs.
             signal: The teacher's signal for the same rows.
             temperature: The divisor of both models' logits.
+            row_weights: A weight per row; None for 1.
+            kind: `forward` for KL(teacher ‖ student), `reverse` for KL(student ‖ teacher), or `js`.
+            mixture: The teacher's part of the mixture of `js`.
+            per_output: Whether the mean is over rows and outputs.
 
-        Returns:
-            The terms, rows × outputs, in nats.
+        Raises:
+            RecipeError: The likelihood has only the forward divergence.
         """
 
-    def excess_loss(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
+    def excess_loss(self, logits: Any, signal: Any) -> torch.Tensor:
         """Compute the expected loss on targets drawn from the teacher, less their entropy: KL(teacher ‖ student).
 
         Up to rounding, these are the row sums of `divergence_terms` at temperature 1. The last bits differ with the
@@ -83,7 +115,7 @@ class Likelihood(Protocol):
             One value per row, in nats.
         """
 
-    def overlap(self, logits: torch.Tensor, signal: Signal) -> torch.Tensor:
+    def overlap(self, logits: Any, signal: Any) -> torch.Tensor:
         """Compute 1 − the total variation distance between the distributions of two models.
 
         Args:
@@ -94,21 +126,21 @@ class Likelihood(Protocol):
             One value per row, from 0 to 1.
         """
 
-    def predict(self, logits: torch.Tensor) -> torch.Tensor:
+    def predict(self, logits: Any) -> torch.Tensor:
         """Return the most likely target of each row.
 
         Args:
             logits: The model's logits, rows × outputs.
         """
 
-    def confidence(self, logits: torch.Tensor) -> torch.Tensor | None:
+    def confidence(self, logits: Any) -> torch.Tensor | None:
         """Return the probability of each row's most likely target; None if it is the same for every row.
 
         Args:
             logits: The model's logits, rows × outputs.
         """
 
-    def right(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def right(self, logits: Any, targets: torch.Tensor) -> torch.Tensor:
         """Return whether the most likely target of each row is right.
 
         Args:
@@ -132,7 +164,7 @@ class Likelihood(Protocol):
         """
 
 
-class Categorical:
+class Categorical(DenseLikelihood):
     """One class out of several: a softmax over the outputs."""
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "none") -> torch.Tensor:
@@ -141,12 +173,8 @@ class Categorical:
 
         return functional.cross_entropy(logits, targets, reduction=reduction)
 
-    def signal(self, logits: torch.Tensor) -> Signal:
-        """Return all of the logits; see `Likelihood.signal`."""
-        return Signal(logits)
-
     def divergence_terms(self, logits: torch.Tensor, signal: Signal, temperature: float = 1.0) -> torch.Tensor:
-        """Compute p_t·(log p_t − log p_s) for each class; see `Likelihood.divergence_terms`."""
+        """Compute p_t·(log p_t − log p_s) for each class; see `DenseLikelihood.divergence_terms`."""
         from torch.nn import functional
 
         return functional.kl_div(
@@ -197,7 +225,7 @@ CATEGORICAL = Categorical()
 """The likelihood of task types that predict one class per row; it has no state."""
 
 
-class Bernoulli:
+class Bernoulli(DenseLikelihood):
     """Any of several labels: an independent sigmoid of each output. All values are means over the labels."""
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, reduction: str = "none") -> torch.Tensor:
@@ -208,12 +236,8 @@ class Bernoulli:
             return functional.binary_cross_entropy_with_logits(logits, targets.to(logits))
         return functional.binary_cross_entropy_with_logits(logits, targets.to(logits), reduction="none").mean(dim=-1)
 
-    def signal(self, logits: torch.Tensor) -> Signal:
-        """Return all of the logits; see `Likelihood.signal`."""
-        return Signal(logits)
-
     def divergence_terms(self, logits: torch.Tensor, signal: Signal, temperature: float = 1.0) -> torch.Tensor:
-        """Compute the divergence of each label, over the number of labels; see `Likelihood.divergence_terms`."""
+        """Compute the divergence of each label, over the number of labels; see `DenseLikelihood.divergence_terms`."""
         from torch.nn import functional
 
         student, teacher = logits / temperature, signal.logits / temperature
@@ -255,7 +279,7 @@ BERNOULLI = Bernoulli()
 
 
 @dataclasses.dataclass(frozen=True)
-class Normal:
+class Normal(DenseLikelihood):
     """A number: a normal distribution around the single output, with the same standard deviation for every row.
 
     Losses leave out the entropy's constant, so that the loss of a perfect prediction is 0.
@@ -272,10 +296,6 @@ class Normal:
         """Compute half the squared error in standard deviations; see `Likelihood.loss`."""
         losses = 0.5 * ((self.predict(logits) - targets.to(logits)) / self.deviation) ** 2
         return losses.mean() if reduction == "mean" else losses
-
-    def signal(self, logits: torch.Tensor) -> Signal:
-        """Return the output; see `Likelihood.signal`."""
-        return Signal(logits)
 
     def divergence_terms(self, logits: torch.Tensor, signal: Signal, temperature: float = 1.0) -> torch.Tensor:
         """Compute half the squared distance of the means in deviations, at any temperature; see `Likelihood`."""
