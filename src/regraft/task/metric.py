@@ -23,6 +23,8 @@ Score = TypeVar("Score", float, "Floats")
 MIN_HEADROOM = 0.03
 """The least gain of a reference over chance for which recovery is computed, relative to the chance score if the metric
 is not bounded: a share of less is mostly noise."""
+DEFAULT_TOLERANCE = 0.01
+"""How much of a score may be lost unless a user or the metric decides: one point, which few would notice."""
 MIN_WITHOUT_EXPONENT = 1e-4
 """The least absolute number that is formatted without an exponent, as in Python's own format `g`."""
 
@@ -51,12 +53,15 @@ class Metric:
         higher_is_better: Whether a higher score is better.
         is_bounded: Whether 1 is the highest score, so that a hundredth means the same in every task. For other metrics,
             differences such as a tolerance are relative to a reference's gain over chance.
+        tolerance: How much of a score may be lost by default, in the metric's unit: tolerances are then in this unit
+            too, even if the metric is not bounded. None for `DEFAULT_TOLERANCE`.
     """
 
     name: str
     evaluate: Callable[[Targets, Targets], Evaluation]
     higher_is_better: bool = True
     is_bounded: bool = True
+    tolerance: float | None = None
 
     def merit(self, score: Score) -> Score:
         """Return the score, negated if lower is better: the higher the merit, the better the score."""
@@ -66,17 +71,22 @@ class Metric:
         """Return the improvement of a score over a reference; negative if the score is worse."""
         return score - reference if self.higher_is_better else reference - score
 
-    def share_to_difference(self, share: float, chance: float, reference: float) -> float:
+    def share_to_difference(self, share: float | None, chance: float, reference: float) -> float:
         """Convert a share, such as a tolerance, to a difference of scores.
 
         Args:
-            share: A fraction of 1, such as 0.01.
+            share: A fraction of 1, such as 0.01; a difference if the metric has a tolerance of its own. None for the
+                default tolerance.
             chance: The chance score.
             reference: The score of the model to compare with, such as the old model.
 
         Returns:
-            The share itself if the metric is bounded, else the share of the distance from chance to reference.
+            The share itself if the metric is bounded or has a tolerance of its own, else the share of the distance from
+            chance to reference.
         """
+        if self.tolerance is not None:
+            return self.tolerance if share is None else share
+        share = DEFAULT_TOLERANCE if share is None else share
         return share if self.is_bounded else share * abs(reference - chance)
 
     def describe(self, difference: float, form: str = "+.1f") -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.errors import DataError, RecipeError
 from regraft.task.metric import Flips, count_flips, require_equal_lengths
 from regraft.task.split import object_array
+from regraft.task.types.answer_metrics import function_metric
 from regraft.task.types.type import DEFAULT_TYPE, task_types
 
 if TYPE_CHECKING:
@@ -26,13 +27,15 @@ def find_metric(metric: Metric | str) -> Metric:
 
     Args:
         metric: The name in task files, or the metric itself. If several task types have a metric of that name, text
-            classification takes precedence.
+            classification takes precedence. A function of a user's own is loaded once it is needed.
 
     Raises:
         RecipeError: No task type has a metric of that name.
     """
     if not isinstance(metric, str):
         return metric
+    if ":" in metric:
+        return function_metric(metric)
     types = task_types()
     metrics: dict[str, Metric] = {}
     # the default type is last, so that its metrics win: records of regraft 0.1 name metrics without a type
@@ -109,7 +112,7 @@ def agreement(data: TaskData, references: Sequence[Any], predictions: Sequence[A
     metric = data.task.bind_metric(data.task.agreement_metric or data.task.metrics[0], data.labels)
     if metric.is_bounded and metric.higher_is_better:
         return score(metric, targets, predictions)
-    return statistics.fmean(data.task.right(targets, predictions))
+    return statistics.fmean(map(bool, data.task.right(targets, predictions)))
 
 
 def flips(targets: ArrayLike, before: ArrayLike, after: ArrayLike) -> Flips:

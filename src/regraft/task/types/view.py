@@ -28,7 +28,7 @@ class ModelPredictions:
 
     predictions: Sequence[Any]
     confidence: Sequence[float] | None
-    right: Sequence[bool]
+    right: Sequence[bool | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,4 +165,50 @@ class MarkedText:
     view: Literal["marked-text"] = "marked-text"
 
 
-View = Annotated[Table | Scatter | MarkedText, Field(discriminator="view")]
+Change = Literal["negative", "positive", "changed", "same"]
+"""What an upgrade did to an answer: it flipped, or the text changed or stayed the same."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerPair:
+    """The answers of an old and a new model to a prompt.
+
+    Args:
+        row: The row number of the example.
+        change: What the upgrade did to the answer.
+        prompt: The prompt, in words.
+        reference: The reference answer; None if there is none.
+        before: The old model's answer; None if it was not generated.
+        after: The new model's answer; None if it was not generated.
+    """
+
+    row: Size
+    change: Change
+    prompt: str
+    reference: str | None
+    before: str | None
+    after: str | None
+
+    @property
+    def texts(self) -> tuple[tuple[str, str], ...]:
+        """The name and the text of the reference and of each answer, as far as they exist."""
+        texts = (("reference", self.reference), ("before", self.before), ("after", self.after))
+        return tuple((name, text) for name, text in texts if text is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Answers of two models side by side.
+
+    Args:
+        title: The heading above the answers.
+        pairs: The answers to each prompt, in order.
+        view: The kind of view, by which JSON files tell views apart.
+    """
+
+    title: str
+    pairs: tuple[AnswerPair, ...]
+    view: Literal["answers"] = "answers"
+
+
+View = Annotated[Table | Scatter | MarkedText | Answers, Field(discriminator="view")]
