@@ -13,6 +13,7 @@ from regraft.task.types import (
     MultiLabelClassification,
     Task,
     TextClassification,
+    TextGeneration,
     TextRegression,
     TokenClassification,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Task",
     "TaskData",
     "TextClassification",
+    "TextGeneration",
     "TextRegression",
     "TokenClassification",
     "agreement",

@@ -61,6 +61,11 @@ class TaskData:
         return self.task.bind_metric(self.task.scoring, self.labels)
 
     @property
+    def selection(self) -> Metric:
+        """The metric by which a training selects its best weights."""
+        return self.task.selection_metric or self.scoring
+
+    @property
     def max_length(self) -> int:
         """The number of tokens that inputs are truncated to."""
         return self.task.max_length

@@ -99,6 +99,30 @@ def read_delimited(
     return parsed.columns, range(1, num_rows + 1)
 
 
+def read_header(path: Path, text: str, delimiter: str, quoting: Quoting | None) -> list[str]:
+    """Return the names of all columns of CSV or TSV.
+
+    Args:
+        path: The path of the file, which messages name.
+        text: The decoded content of the file.
+        delimiter: The character between fields, a comma or a tab.
+        quoting: The declared interpretation of quotes; None to read them as `quoted`.
+
+    Raises:
+        DataError: The header is malformed.
+    """
+    try:
+        records = csv.reader(
+            io.StringIO(text, newline=""),
+            delimiter=delimiter,
+            strict=True,
+            quoting=csv.QUOTE_NONE if quoting == "plain" else csv.QUOTE_MINIMAL,
+        )
+        return next((record for record in records if record), [])
+    except csv.Error as error:
+        raise DataError(f"{path}: the header is not valid CSV ({error}). Correct its quotes.") from error
+
+
 def _parse_undeclared(file: _File) -> _Parsed:
     """Parse a file whose quotes are not declared, under the interpretation that `read_delimited` describes."""
     quoted, plain = _parse_or_error(file, "quoted"), _parse_or_error(file, "plain")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from regraft.task.columns import list_columns
 from regraft.task.data import TaskData, find_duplicates
-from regraft.task.sample import hold_out
+from regraft.task.sample import TEST_SEED, hold_out
 from regraft.task.source import read_table
 from regraft.task.summary import data_warnings
 from regraft.task.types import Task
@@ -20,7 +21,8 @@ logger = logging.getLogger(__name__)
 def read_task(task: Task, seed: int = 0) -> TaskData:
     """Read the examples of a task.
 
-    Without a dev source, a tenth of each stratum of train is held out as dev; with `task.shots`, only a few examples of
+    Without a dev source, a tenth of each stratum of train is held out as dev, and before it as test with
+    `task.hold_out_test`; with `task.shots`, only a few examples of
     each stratum of train and dev are kept.
 
     Args:
@@ -35,6 +37,8 @@ def read_task(task: Task, seed: int = 0) -> TaskData:
             source.
         RecipeError: `task.shots` is less than 1.
     """
+    if not task.has_columns:
+        task = task.with_columns(list_columns(task.train, task.quoting), str(task.train))
     sources = {"train": task.train, "dev": task.dev, "test": task.test}
     tables = {
         split: read_table(source, task.input_columns, task.target_columns, task.quoting)
@@ -45,10 +49,12 @@ def read_task(task: Task, seed: int = 0) -> TaskData:
     train = splits["train"]
     dev = splits.get("dev")
     test = splits.get("test")
+    if test is None and task.hold_out_test:
+        train, test = hold_out(train, task, labels, TEST_SEED, "test")
     if dev is None:
         train, dev = hold_out(train, task, labels, seed)
     duplicates = len(find_duplicates(train, test))
-    data = TaskData(task, labels, train, dev, test, duplicates, labelled=bool(task.target_columns))
+    data = TaskData(task, labels, train, dev, test, duplicates, labelled=task.is_labelled(splits))
     return data if task.shots is None else data.few_shot(task.shots, seed)
 
 

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from regraft.task.split import Split
     from regraft.task.types import Task
 
-DEV_FRACTION = 0.1
-"""The fraction of each stratum of train held out if the task has no dev source: train loses little, dev is not tiny."""
+HELD_OUT_FRACTION = 0.1
+"""The fraction of each stratum of train held out as dev or test: train loses little, and they are not tiny."""
+TEST_SEED = 0
+"""The seed of a held-out test split: the same in all runs, so that no test example is in the train of another run."""
 
 
 def draw_indices(split: Split, task: Task, labels: Sequence[str], counts: Sequence[int], seed: int) -> list[int]:
@@ -48,17 +50,18 @@ def draw_indices(split: Split, task: Task, labels: Sequence[str], counts: Sequen
     return indices
 
 
-def hold_out(train: Split, task: Task, labels: Sequence[str], seed: int) -> tuple[Split, Split]:
-    """Hold out a dev split from train: a tenth of each stratum, and at least one example of each that has two or more.
+def hold_out(train: Split, task: Task, labels: Sequence[str], seed: int, name: str = "dev") -> tuple[Split, Split]:
+    """Hold out a split from train: a tenth of each stratum, and at least one example of each that has two or more.
 
     Args:
         train: All training examples.
         task: The task, which divides its examples into strata.
         labels: The label names, in the order of the outputs.
         seed: The seed of the sample.
+        name: The name of the split to hold out, `dev` or `test`.
 
     Returns:
-        The remaining train split and the dev split, both in the order of the source.
+        The remaining train split and the held-out split, both in the order of the source.
 
     Raises:
         DataError: No stratum has more than one example.
@@ -67,14 +70,14 @@ def hold_out(train: Split, task: Task, labels: Sequence[str], seed: int) -> tupl
 
     strata, names = task.strata(train.targets, labels)
     sizes = np.bincount(strata, minlength=len(names)).tolist()
-    counts = [max(1, round(DEV_FRACTION * size)) if size > 1 else 0 for size in sizes]
+    counts = [max(1, round(HELD_OUT_FRACTION * size)) if size > 1 else 0 for size in sizes]
     indices = draw_indices(train, task, labels, counts, seed)
     if not indices:
         raise DataError(
             f"{train.source}: there is a single example of each stratum, such as a class, so none can be held out "
-            "as dev. Add examples, or name a dev source under `dev`."
+            f"as {name}. Add examples, or name a source under `{name}`."
         )
-    is_dev = np.zeros(len(train), dtype=bool)
-    is_dev[indices] = True
-    dev = dataclasses.replace(train.take(np.flatnonzero(is_dev)), name="dev")
-    return train.take(np.flatnonzero(~is_dev)), dev
+    is_held_out = np.zeros(len(train), dtype=bool)
+    is_held_out[indices] = True
+    held_out = dataclasses.replace(train.take(np.flatnonzero(is_held_out)), name=name)
+    return train.take(np.flatnonzero(~is_held_out)), held_out

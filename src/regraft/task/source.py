@@ -149,6 +149,29 @@ def _read_file(
     columns = [*input_columns, *target_columns]
     if suffix == ".txt" and are_column_numbers(columns):
         suffix = CONLL_SUFFIXES[0]
+    check_format(path, suffix)
+    if suffix == ".parquet":
+        return _read_parquet(path, input_columns, target_columns)
+    if suffix in (".json", ".jsonl"):
+        return _read_json(path, columns)
+    if suffix in CONLL_SUFFIXES:
+        return SourceTable(str(path), *read_conll(path, read_text(path), columns))
+    delimiter = "\t" if suffix == ".tsv" else ","
+    label_column = target_columns[0] if target_columns else None
+    values, row_numbers = read_delimited(path, read_text(path), delimiter, columns, label_column, quoting)
+    return SourceTable(str(path), values, row_numbers)
+
+
+def check_format(path: Path, suffix: str) -> None:
+    """Check that a path is a file of a format that is read.
+
+    Args:
+        path: The path of a file.
+        suffix: The suffix of its format, such as `.csv` for `a.csv.gz`.
+
+    Raises:
+        DataError: The format is not read, or the path is missing, inaccessible or not a file.
+    """
     if suffix == ".arrow" or (suffix not in SUFFIXES and os.path.isdir(path)):
         folder = path if os.path.isdir(path) else path.parent
         raise DataError(
@@ -164,16 +187,6 @@ def _read_file(
             f"{{dataset: {'NAME' if path.suffix else path.name}, split: train}}."
         )
     check_regular_file(path)
-    if suffix == ".parquet":
-        return _read_parquet(path, input_columns, target_columns)
-    if suffix in (".json", ".jsonl"):
-        return _read_json(path, columns)
-    if suffix in CONLL_SUFFIXES:
-        return SourceTable(str(path), *read_conll(path, _read_text(path), columns))
-    delimiter = "\t" if suffix == ".tsv" else ","
-    label_column = target_columns[0] if target_columns else None
-    values, row_numbers = read_delimited(path, _read_text(path), delimiter, columns, label_column, quoting)
-    return SourceTable(str(path), values, row_numbers)
 
 
 def _read_json(path: Path, columns: Sequence[str]) -> SourceTable:
@@ -188,8 +201,9 @@ def _read_json(path: Path, columns: Sequence[str]) -> SourceTable:
             )
         entries.append(entry)
         row_numbers.append(row)
-    # pandas writes a single object of columns unless it is asked for records
-    if len(entries) == 1 and (columns[0] not in entries[0] or isinstance(entries[0][columns[0]], dict | list)):
+    # pandas writes a single object of columns unless it is asked for records; a list of objects is a conversation
+    value = entries[0].get(columns[0], {}) if len(entries) == 1 else None
+    if isinstance(value, dict) or (isinstance(value, list) and not any(isinstance(item, dict) for item in value)):
         raise DataError(
             f"{path}: is a single object with the keys {format_names(list(entries[0]))}, not one object per example. "
             "Write a list of objects (in pandas, orient='records')."
@@ -232,7 +246,7 @@ def _read_parquet(path: Path, input_columns: Sequence[str], target_columns: Sequ
 
 def _read_dataset(source: HubSplit, input_columns: Sequence[str], target_columns: Sequence[str]) -> SourceTable:
     """Read columns of a split of a data set, and the class names in its features."""
-    dataset = _load_dataset(source)
+    dataset = load_split(source)
     columns = [*input_columns, *target_columns]
     require_columns(columns, dataset.column_names, str(source))
     try:
@@ -245,7 +259,7 @@ def _read_dataset(source: HubSplit, input_columns: Sequence[str], target_columns
     return SourceTable(str(source), values, range(1, len(dataset) + 1), classes)
 
 
-def _load_dataset(source: HubSplit) -> Dataset:
+def load_split(source: HubSplit) -> Dataset:
     """Load a Dataset from the Hub or a folder; raise DataError if `datasets` cannot."""
     from datasets import load_dataset
 
@@ -321,7 +335,7 @@ def _class_names(features: Features, target_columns: Sequence[str], source: str)
     return classes
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Read a file of UTF-8 text, with or without a byte order mark."""
     content = read_bytes(path)
     try:

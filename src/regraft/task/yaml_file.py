@@ -141,6 +141,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
+def format_yaml(values: Mapping[str, Any]) -> str:
+    """Write keys and values as YAML, in their order.
+
+    Args:
+        values: Texts, numbers, lists, mappings and None, by key.
+    """
+    return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+
+
 def validate(model: type[Model], values: Mapping[str, Any], origin: str) -> Model:
     """Build a pydantic model from values that a user wrote, and explain every invalid value.
 

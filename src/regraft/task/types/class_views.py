@@ -70,7 +70,7 @@ class Calibration:
     bins: tuple[Bin, ...]
 
 
-def measure_calibration(confidence: Sequence[float], right: Sequence[bool]) -> Calibration:
+def measure_calibration(confidence: Sequence[float], right: Sequence[bool | None]) -> Calibration:
     """Measure the agreement of confidence with accuracy.
 
     Source: Guo et al., 2017 (arXiv:1706.04599).
@@ -114,7 +114,7 @@ def measure_calibrations(old: ModelPredictions, new: ModelPredictions) -> dict[s
 
 
 def compare_classes(
-    targets: Sequence[Any], old_right: Sequence[bool], new_right: Sequence[bool], labels: Sequence[str]
+    targets: Sequence[Any], old_right: Sequence[bool | None], new_right: Sequence[bool | None], labels: Sequence[str]
 ) -> list[ClassComparison]:
     """Compute recall and flips by class.
 
@@ -137,8 +137,8 @@ def compare_classes(
             ClassComparison(
                 label=label,
                 examples=count,
-                before=sum(old for old, _ in right_pairs) / count if count else 0.0,
-                after=sum(new for _, new in right_pairs) / count if count else 0.0,
+                before=sum(bool(old) for old, _ in right_pairs) / count if count else 0.0,
+                after=sum(bool(new) for _, new in right_pairs) / count if count else 0.0,
                 negative=right_pairs.count((True, False)),
                 positive=right_pairs.count((False, True)),
             )

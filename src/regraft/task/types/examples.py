@@ -32,6 +32,7 @@ class Examples:
         tokens: The token indices of each example's rows; None if each example has a single row, at the token that the
             model's head reads.
         words: The index of the word that each row stands for, by example; None if rows do not stand for words.
+        are_targets_tokens: Whether targets are token ids, which differ between vocabularies.
     """
 
     columns: dict[str, list[list[int]]]
@@ -39,6 +40,7 @@ class Examples:
     pad: dict[str, int]
     tokens: list[list[int]] | None = None
     words: list[list[int]] | None = None
+    are_targets_tokens: bool = False
 
     def __len__(self) -> int:
         return len(self.columns["input_ids"])
@@ -86,7 +88,18 @@ class Examples:
         columns = {name: [column[i] for i in indices] for name, column in self.columns.items()}
         tokens = None if self.tokens is None else [self.tokens[i] for i in indices]
         words = None if self.words is None else [self.words[i] for i in indices]
-        return Examples(columns, self.targets[self.rows(indices)], self.pad, tokens, words)
+        targets = self.targets[self.rows(indices)]
+        return dataclasses.replace(self, columns=columns, targets=targets, tokens=tokens, words=words)
+
+    def with_ids(self, new_ids: Integers) -> Examples:
+        """Replace the ids of tokens by those of another vocabulary.
+
+        Args:
+            new_ids: The new id of each token.
+        """
+        columns = {**self.columns, "input_ids": [new_ids[ids].tolist() for ids in self.columns["input_ids"]]}
+        targets = new_ids[self.targets] if self.are_targets_tokens else self.targets
+        return dataclasses.replace(self, columns=columns, targets=targets)
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Collate examples, padded on the right to the longest of them.

@@ -34,15 +34,17 @@ class Head:
 
     @property
     def num_outputs(self) -> int:
-        """The number of outputs, which is the width of the last layer."""
-        return int(self.settings["num_labels"])
+        """The number of outputs, which is the width of the last layer; 0 for a head of the base, whose width varies."""
+        return int(self.settings.get("num_labels", 0))
 
     @property
     def output_names(self) -> tuple[str, ...]:
         """The names of the outputs in a model's config: the labels, unless the task type names them otherwise."""
-        return tuple(self.settings["id2label"].values())
+        return tuple(self.settings.get("id2label", {}).values())
 
     def __str__(self) -> str:
+        if self.type.head_in_base:
+            return "the base's own head"
         if not self.labels:
             noun = "outputs" if self.num_outputs > 1 else "output"
             return f"{self.num_outputs} {noun} without labels"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from regraft.task.delimited import Quoting
-from regraft.task.source import SOURCE_DESCRIPTION, Source
+from regraft.task.source import SOURCE_DESCRIPTION, Source, resolve_source
+from regraft.task.yaml_file import format_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 MIN_TOKENS = 8
 """The smallest `max_length` in tokens, arbitrary: inputs cut to fewer tokens lose nearly all of their text."""
@@ -23,6 +28,7 @@ class TaskKeys(BaseModel):
         train: The source of the training examples.
         dev: The source of the examples that models are selected on; by default, a tenth of train is held out.
         test: The source of the examples that results are reported on; None to report results on dev.
+        hold_out_test: Whether to hold out a tenth of train as test if there is no test source.
         metric: The name of the metric that is reported.
         quoting: Whether double quotes in CSV and TSV files enclose fields (`quoted`) or are ordinary characters
             (`plain`). By default, CSV is read as quoted, and TSV as its quotes suggest.
@@ -38,6 +44,7 @@ class TaskKeys(BaseModel):
     train: Source = Field(description=SOURCE_DESCRIPTION)
     dev: Source | None = Field(default=None, description=SOURCE_DESCRIPTION)
     test: Source | None = Field(default=None, description=SOURCE_DESCRIPTION)
+    hold_out_test: bool = Field(default=False, description="true or false")
     metric: str
     quoting: Quoting | None = Field(default=None, description="quoted or plain, or leave it out")
     shots: int | None = Field(default=None, ge=1, description="a whole number of examples per class, 1 or more")
@@ -52,3 +59,42 @@ class TaskKeys(BaseModel):
             shots: The number of examples to keep per stratum; None returns the task unchanged.
         """
         return self if shots is None else self.model_copy(update={"shots": shots})
+
+    def as_yaml(self) -> str:
+        """Return the content of a task file that declares this task: all keys that are set, with their values."""
+        keys = self.model_dump(mode="json", exclude_unset=True)
+        return format_yaml({"type": self.type, **keys, "metric": self.metric})
+
+    def resolve_paths(self, folder: Path) -> Self:
+        """Make all relative paths of a task file absolute.
+
+        Args:
+            folder: The folder of the task file.
+        """
+        sources = {split: resolve_source(getattr(self, split), folder) for split in ("train", "dev", "test")}
+        return self.model_copy(update=sources).with_absolute_paths(folder)
+
+    def with_absolute_paths(self, folder: Path) -> Self:
+        """Make the relative paths of files that the task names, apart from its sources, absolute.
+
+        Args:
+            folder: The folder that they start from.
+        """
+        return self
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether the task names all of its columns; if not, `with_columns` detects them in its training source."""
+        return True
+
+    def with_columns(self, columns: Sequence[str], source: str) -> Self:
+        """Complete the columns of a task by those of its training source.
+
+        Args:
+            columns: The names of all columns of the source.
+            source: The source as messages name it.
+
+        Raises:
+            DataError: The type does not read data with these columns.
+        """
+        return self

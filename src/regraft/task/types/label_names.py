@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -120,3 +121,16 @@ def name_warnings(labels: Sequence[str]) -> list[str]:
             "label, remove them."
         )
     return warnings
+
+
+def are_fractions(labels: Sequence[Any]) -> bool:
+    """Return whether all labels are numbers or the text of numbers, and some of them have decimals.
+
+    Args:
+        labels: The values of a column of labels; missing ones do not count.
+    """
+    try:
+        numbers = [float(label) for label in labels if label is not None]
+    except (TypeError, ValueError):
+        return False
+    return any(math.isfinite(number) and number != round(number) for number in numbers)

@@ -9,6 +9,8 @@ from regraft.task.types.keys import TaskKeys
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from transformers import PreTrainedTokenizerBase
+
     from regraft.task.split import Split, Targets
     from regraft.task.types.view import ModelPredictions, View
 
@@ -32,7 +34,7 @@ class TaskViews(TaskKeys):
     def flip_views(
         self, split: Split, old: ModelPredictions, new: ModelPredictions, labels: Sequence[str]
     ) -> tuple[View, ...]:
-        """Return marked texts of examples that flipped, if a text with both predictions says more than their names.
+        """Return marked texts or answers of examples that flipped, if they say more than the names of predictions.
 
         Args:
             split: The examples.
@@ -43,10 +45,20 @@ class TaskViews(TaskKeys):
         return ()
 
     def example_views(self, split: Split, labels: Sequence[str]) -> tuple[View, ...]:
-        """Return tables and marked texts that show examples as users of the type look at them, for `task check`.
+        """Return tables and texts that show examples as users of the type look at them, for `task check`.
 
         Args:
             split: The examples to show.
             labels: The label names, in the order of the outputs.
+        """
+        return ()
+
+    def encoded_views(self, split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[View, ...]:
+        """Return tables and marked texts that show examples as a model sees them, for `task check` with a base.
+
+        Args:
+            split: The examples to show.
+            tokenizer: The tokenizer of the base or of the adaptation.
+            max_length: The number of tokens that examples are truncated to.
         """
         return ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -13,6 +13,7 @@ from regraft.task.split import Split
 from regraft.task.types.class_metrics import ACCURACY, MACRO_F1, MCC
 from regraft.task.types.class_views import class_views, compare_classes, measure_calibrations
 from regraft.task.types.label_names import (
+    are_fractions,
     decode_label,
     name_warnings,
     normalise_names,
@@ -59,6 +60,28 @@ class TextClassification(TextTask):
         default=None, validate_default=True, description="a list of label names, each of them text"
     )
     metric: MetricName = Field(default="accuracy", description=f"one of {', '.join(get_args(MetricName))}")
+
+    @classmethod
+    def keys_for_columns(cls, columns: Sequence[str]) -> dict[str, str] | None:
+        """Read columns called `text` and `label`; see `Task.keys_for_columns`."""
+        return {"text": "text", "label": "label"} if {"text", "label"} <= {*columns} else None
+
+    def with_data_defaults(self, table: SourceTable) -> Self:
+        """Refuse labels that are fractions or lists, which are of other types; see `Task.with_data_defaults`."""
+        assert self.label is not None
+        labels = table.columns[self.label]
+        if any(isinstance(label, list) for label in labels):
+            raise DataError(
+                f"{table.source}: column {self.label!r} holds lists of labels. Write a task file of type "
+                "multi-label-classification."
+            )
+        if are_fractions(labels):
+            raise DataError(
+                f"{table.source}: column {self.label!r} holds numbers with decimals. Write a task file of type "
+                "text-regression, with a `tolerance`: the largest error of a right prediction. If they are names of "
+                "classes, write one of type text-classification."
+            )
+        return self
 
     @property
     def target_columns(self) -> tuple[str, ...]:

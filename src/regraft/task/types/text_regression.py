@@ -12,6 +12,7 @@ from pydantic import Field
 from regraft.errors import DataError
 from regraft.task.metric import Metric  # noqa: TC001 (pydantic reads annotations)
 from regraft.task.split import Split
+from regraft.task.types.counts import spread_evenly
 from regraft.task.types.label_names import decode_label
 from regraft.task.types.likelihood import Likelihood, Normal
 from regraft.task.types.number_metrics import CONCORDANCE, PEARSON, RMSE, SPEARMAN
@@ -137,17 +138,7 @@ class TextRegression(TextTask):
             size: The number of examples in all.
             stratum_sizes: The number of available examples of each stratum.
         """
-        counts = [0] * len(stratum_sizes)
-        remaining = size
-        while remaining:
-            unfilled = [index for index, available in enumerate(stratum_sizes) if counts[index] < available]
-            if not unfilled:
-                counts[0] += remaining  # more than there are, which callers refuse
-                break
-            for index in unfilled[:remaining]:
-                counts[index] += 1
-            remaining -= len(unfilled[:remaining])
-        return counts
+        return spread_evenly(size, stratum_sizes)
 
     def chance_prediction(self, targets: Targets, labels: Sequence[str]) -> float:
         """Return the mean, with which every correlation is 0; see `Task.chance_prediction`."""
@@ -200,7 +191,7 @@ class TextRegression(TextTask):
         for name, model in (("old", old), ("new", new)):
             predictions = self.as_targets(model.predictions)
             errors = predictions - targets
-            rows.append((name, float(errors.mean()), float(abs(errors).mean()), sum(model.right) / count))
+            rows.append((name, float(errors.mean()), float(abs(errors).mean()), sum(map(bool, model.right)) / count))
             x, y = (tuple(numbers[shown].tolist()) for numbers in (targets, predictions))
             series.append(Series(f"{name} model", x, y, (1,) * len(shown)))
         drawn = f" Drawn are {len(shown):,} of {count:,} examples, chosen at random." if len(shown) < count else ""

@@ -6,9 +6,9 @@ import functools
 import logging
 import math
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from regraft.errors import DataError
 from regraft.task.labels import format_names
@@ -21,9 +21,8 @@ from regraft.task.types.probes import class_probe
 from regraft.task.types.span_metrics import SPAN_F1, TOKEN_ACCURACY, span_f1
 from regraft.task.types.span_views import compare_taggers, show_examples, show_flips
 from regraft.task.types.tagging import OUTSIDE, SCHEMES, Scheme, detect_scheme, split_tag, types_of
-from regraft.task.types.texts import ColumnName
 from regraft.task.types.type import Task
-from regraft.task.types.words import checked_tags, checked_words, encode_words
+from regraft.task.types.words import ColumnReference, checked_tags, checked_words, encode_words, word_columns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,14 +39,6 @@ MetricName = Literal["span_f1", "token_accuracy"]
 SchemeName = Literal["IOB1", "IOB2", "BILOU", "IOBES"]
 WITHOUT_SPANS = "without spans"
 """The name of the stratum of examples without spans."""
-
-
-def _number_as_text(value: Any) -> Any:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-ColumnReference = Annotated[ColumnName, BeforeValidator(_number_as_text)]
-"""The name of a column, or its number in a CoNLL file."""
 
 
 class TokenClassification(Task):
@@ -96,6 +87,11 @@ class TokenClassification(Task):
     def tagging_scheme(self) -> Scheme:
         """The tagging scheme of the model's outputs."""
         return SCHEMES[self.output_scheme]
+
+    @classmethod
+    def keys_for_columns(cls, columns: Sequence[str]) -> dict[str, str] | None:
+        """Read columns of words and of tags by their usual names; see `Task.keys_for_columns`."""
+        return word_columns(columns)
 
     @property
     def input_columns(self) -> tuple[str, ...]:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from regraft.errors import DataError, did_you_mean
+from regraft.task.data_file import detect_task, is_data
 from regraft.task.labels import format_names
 from regraft.task.metric import Metric  # noqa: TC001 (pydantic reads annotations)
-from regraft.task.source import resolve_source
+from regraft.task.types.generative import GenerativeTask
 from regraft.task.types.likelihood import Likelihood  # noqa: TC001 (pydantic reads annotations)
 from regraft.task.types.registry import discover_types
-from regraft.task.types.task_views import TaskViews
 from regraft.task.yaml_file import read_yaml, validate
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ DEFAULT_TYPE = "text-classification"
 """The type of a task file without the key `type`, which regraft 0.1 did not have."""
 
 
-class Task(TaskViews, ABC):
+class Task(GenerativeTask, ABC):
     """A task as its task file declares it; each task type is a subclass, and adds the keys that only it has."""
 
     peft_task_type: ClassVar[str]
@@ -63,22 +63,22 @@ class Task(TaskViews, ABC):
 
     @classmethod
     def load(cls, path: str | Path) -> Task:
-        """Read a task file.
+        """Read a task file, or detect the task of data without one.
 
         Args:
-            path: A YAML file; relative paths in it start from its folder.
+            path: A YAML file, whose relative paths start from its folder; or data, see `detect_task`.
 
         Returns:
-            The task, an instance of the type that the file names, with absolute paths of its sources.
+            The task, an instance of the type that the file names, with absolute paths.
 
         Raises:
             DataError: The file cannot be read, or a key is unknown, missing or invalid; the message names the key.
         """
         path = Path(path)
-        task = cls.from_mapping({"name": path.stem, **read_yaml(path)}, str(path))
-        folder = path.absolute().parent
-        sources = {split: resolve_source(getattr(task, split), folder) for split in ("train", "dev", "test")}
-        return task.model_copy(update=sources)
+        if is_data(path):
+            return detect_task(path, task_types(), cls.from_mapping)  # type: ignore[no-any-return]
+        values = {"name": path.stem, **read_yaml(path)}
+        return cls.from_mapping(values, str(path)).resolve_paths(path.absolute().parent)
 
     @staticmethod
     def from_mapping(values: Mapping[str, Any], origin: str) -> Task:
@@ -95,10 +95,8 @@ class Task(TaskViews, ABC):
         name = values.get("type", DEFAULT_TYPE)
         if not isinstance(name, str) or name not in types:
             suggestion = did_you_mean(name, list(types)) if isinstance(name, str) else ""
-            raise DataError(
-                f"{origin}: there is no task type {name!r:.100}.{suggestion} The types are: "
-                f"{format_names(list(types))}."
-            )
+            names = format_names(list(types))
+            raise DataError(f"{origin}: there is no task type {name!r:.100}.{suggestion} The types are: {names}.")
         return validate(types[name], values, origin)
 
     def likelihood_for(self, targets: Targets) -> Likelihood:
@@ -199,6 +197,10 @@ class Task(TaskViews, ABC):
             DataError: A row or the labels are invalid; the message names the source, and the row number if it is a row.
         """
 
+    def is_labelled(self, splits: Mapping[str, Split]) -> bool:
+        """Return whether the examples of some splits, as `read` returns them by name, have labels."""
+        return bool(self.target_columns)
+
     @abstractmethod
     def encode(self, split: Split, tokenizer: PreTrainedTokenizerBase, pad: int, max_length: int) -> Examples:
         """Tokenise examples, and choose the tokens at which a model makes a prediction.
@@ -274,8 +276,8 @@ class Task(TaskViews, ABC):
         """
 
     @abstractmethod
-    def right(self, targets: Targets, predictions: Sequence[Any]) -> list[bool]:
-        """Return whether each prediction is right.
+    def right(self, targets: Targets, predictions: Sequence[Any]) -> Sequence[bool | None]:
+        """Return whether each prediction is right; None where that cannot be told.
 
         Args:
             targets: One target per example.
@@ -341,9 +343,5 @@ class Task(TaskViews, ABC):
 
 @functools.cache
 def task_types() -> dict[str, type[Task]]:
-    """Return all task types by name, both of this package and registered by other distributions.
-
-    Raises:
-        DataError: An entry point cannot be loaded, is not a task type, or uses a name that is taken.
-    """
+    """Return all task types by name, also of other distributions; raise DataError for an invalid entry point."""
     return discover_types(Task, ENTRY_POINT_GROUP)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator
 
 from regraft.errors import DataError
 from regraft.task.file import is_unicode
+from regraft.task.types.texts import ColumnName
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -17,6 +20,31 @@ if TYPE_CHECKING:
 
 Columns = dict[str, list[list[int]]]
 """For each input of a model, one list of ids per example."""
+WORD_COLUMNS, TAG_COLUMNS = ("words", "tokens"), ("tags", "ner_tags")
+"""The usual names of the columns of words and of tags."""
+
+
+def _number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+ColumnReference = Annotated[ColumnName, BeforeValidator(_number_as_text)]
+"""The name of a column, or its number in a CoNLL file."""
+
+
+def word_columns(columns: Sequence[str]) -> dict[str, str] | None:
+    """Return the columns of words and of tags by the keys that name them.
+
+    Args:
+        columns: The names of all columns of a source; none for CoNLL, of which the outer columns are returned.
+
+    Returns:
+        The names of the columns; None if the source has none of the usual names.
+    """
+    if not columns:
+        return {"words": "0", "tags": "-1"}
+    words, tags = (next((name for name in names if name in columns), None) for names in (WORD_COLUMNS, TAG_COLUMNS))
+    return {"words": words, "tags": tags} if words and tags else None
 
 
 def checked_words(table: SourceTable, column: str) -> list[tuple[str, ...]]:
