@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import sys
 from typing import TYPE_CHECKING
 
 from regraft.architecture import architecture_of
-from regraft.checkpoint import FLOATING, Checkpoint, check_finite, check_unquantised, find_path, fingerprint, read_json
+from regraft.base_tokens import BaseTokens
+from regraft.checkpoint import (
+    FLOATING,
+    Checkpoint,
+    DerivedTensors,
+    check_finite,
+    check_unquantised,
+    find_path,
+    fingerprint,
+    read_json,
+)
 from regraft.errors import CheckpointError
 from regraft.naming import named_tensors
-from regraft.transformers_folder import read_config, read_tokenizer
+from regraft.transformers_folder import read_tokenizer
 from regraft.vocabulary import ids_by_token
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from regraft.architecture import Architecture
-    from regraft.checkpoint import DerivedTensors
     from regraft.weights import NamedTensors
 
 PRETRAINING = "pretraining.json"
@@ -33,22 +40,8 @@ MIN_TEXT_TOKENS = 8  # arbitrary: a lower limit is probably an error, because mo
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
-    """A base model, from which models are tuned for tasks.
-
-    Args:
-        name: The name that the user passed: a folder or a hub id (`id@revision` pins a revision).
-        path: The transformers folder on this machine.
-        checkpoint: The stored tensors, which are read on access.
-        tokenizer_override: A tokenizer to use instead of the base's, for an adaptation with additional tokens.
-        rows_override: The number of rows of the embeddings with the additional tokens.
-    """
-
-    name: str
-    path: Path
-    checkpoint: Checkpoint
-    tokenizer_override: PreTrainedTokenizerBase | None = dataclasses.field(default=None, repr=False, compare=False)
-    rows_override: int | None = None
+class Base(BaseTokens):
+    """A base model, from which models are tuned for tasks; see `BaseTokens` for its fields."""
 
     @classmethod
     def open(cls, name: str | Path) -> Base:
@@ -89,32 +82,6 @@ class Base:
         return base
 
     @functools.cached_property
-    def config(self) -> PretrainedConfig:
-        """The transformers config."""
-        return read_config(self.checkpoint)
-
-    @functools.cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; its padding token defaults to the end-of-sequence or else the unknown token.
-
-        Raises:
-            CheckpointError: There is no valid tokenizer, or it adds a special token without a row in the embeddings.
-        """
-        tokenizer = copy.deepcopy(self.tokenizer_override) if self.tokenizer_override else read_tokenizer(self.path)
-        self.check_tokens(tokenizer, tokenizer("")["input_ids"])
-        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= self.vocabulary_size:
-            tokenizer.pad_token = None  # it was added without resizing the embeddings
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        return tokenizer
-
-    @property
-    def pad_id(self) -> int:
-        """The id of the padding token, or 0 if there is none: padding is masked."""
-        pad_id = self.tokenizer.pad_token_id
-        return 0 if pad_id is None else int(pad_id)
-
-    @functools.cached_property
     def vocabulary(self) -> dict[str, int]:
         """The ids of the base's tokens, without the additional tokens of an adaptation."""
         tokenizer = read_tokenizer(self.path) if self.tokenizer_override else self.tokenizer
@@ -128,29 +95,6 @@ class Base:
         """The number of rows of the token embeddings, including rows without a token."""
         stored = self.body.get(str(self.architecture.embeddings))
         return self.checkpoint.tensors[stored].shape[0] if stored else len(self.tokenizer)
-
-    @functools.cached_property
-    def vocabulary_size(self) -> int:
-        """The number of rows of the embeddings, with an adaptation's additional tokens; unlimited if unknown."""
-        return self.rows_override or int(getattr(self.config.get_text_config(), "vocab_size", None) or sys.maxsize)
-
-    def check_tokens(self, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
-        """Check that the embeddings have a row for every token.
-
-        Args:
-            tokenizer: The tokenizer that produced the ids.
-            ids: Ids of tokens, 0 or more.
-
-        Raises:
-            CheckpointError: An id is not the index of a row.
-        """
-        highest = max(ids, default=0)
-        if highest >= self.vocabulary_size:
-            raise CheckpointError(
-                f"{self.path}: its tokenizer produces token {tokenizer.convert_ids_to_tokens(highest)!r} "
-                f"({highest:,}), but its embeddings have {self.vocabulary_size:,} rows: the token was added without "
-                "resize_token_embeddings. Use the tokenizer that was saved with these weights."
-            )
 
     @functools.cached_property
     def architecture(self) -> Architecture:
@@ -187,7 +131,11 @@ class Base:
 
     @property
     def classifier_body(self) -> torch.nn.Module:
-        """The body of `classifier`, on the meta device."""
+        """The body of `classifier`, on the meta device; of a language model without a classifier, its body."""
+        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+        if type(self.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and self.is_decoder:
+            return self.architecture.model
         return self.classifier.base_model
 
     @functools.cached_property
@@ -234,6 +182,43 @@ class Base:
     def parameters(self) -> DerivedTensors:
         """The parameters of the body as transformers loads them, by their names in memory inside the body."""
         return self.architecture.in_memory(self.checkpoint)
+
+    @functools.cached_property
+    def language_head(self) -> DerivedTensors:
+        """The parameters of the base's language-modelling head outside the body, by their names in memory.
+
+        A head that is tied to the embeddings has their values. Empty for an encoder, and for a decoder without a head.
+        """
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(self.config.model_type)
+        if not self.is_decoder or name is None:
+            return DerivedTensors({})
+        model = architecture_of(self.config, name)
+        stored = model.in_memory(self.checkpoint)
+        specs = {}
+        for parameter in model.parameters:
+            source = model.ties.get(parameter, parameter)
+            if not parameter.startswith(f"{model.prefix}.") and source in stored:
+                specs[parameter] = stored.specs[source]
+        return DerivedTensors(specs)
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether the language-modelling head has the weights of the embeddings."""
+        return bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
+
+    @functools.cached_property
+    def model_parameters(self) -> DerivedTensors:
+        """The parameters of the body and of the language-modelling head, by the names of both properties."""
+        return DerivedTensors({**self.language_head.specs, **self.parameters.specs})
+
+    @functools.cached_property
+    def language_head_fingerprint(self) -> str | None:
+        """The fingerprint of a language-modelling head that is not tied to the embeddings; None without one."""
+        stored = {name for name in self.checkpoint if self.architecture.identify(name) is None}
+        names = {name: name for name in stored if name.removeprefix(f"{self.prefix}.") in self.language_head}
+        return fingerprint(self.checkpoint, hashed_name=names.get) if names else None
 
     @functools.cached_property
     def named_tensors(self) -> NamedTensors:

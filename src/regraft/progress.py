@@ -42,6 +42,8 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", "Unsupported layer type .*Norm")
             # PEFT warns of the pattern that it adds itself for experts that were stored separately.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+            # PEFT warns in generation that virtual tokens have no positions, which only matters to padding.
+            warnings.filterwarnings("ignore", "Position ids are not supported")
             for pattern in PATTERNS_OF_ERRORS:
                 warnings.filterwarnings("ignore", pattern)
             yield

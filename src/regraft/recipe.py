@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regraft.errors import CheckpointError, RecipeError
 
@@ -23,6 +23,8 @@ MAX_BATCH_SIZE = 2**16
 """Above every batch size in use for tuning: a larger one is a mistake, and would run out of memory at once."""
 MAX_EXAMPLES = 10**8
 """The largest product of steps and batch size: the order of the examples is an int64 array in memory, then 800 MB."""
+ADDED = "added"
+"""The key of the metadata of options that are recorded only if they are set; see `added_option`."""
 PRECISIONS = ("auto", "bf16", "fp32")
 """The values of `Recipe.precision`."""
 DECAY_SCHEDULES = ("none", "linear", "cosine")
@@ -47,6 +49,10 @@ class Recipe:
         seed: Seed of fresh heads and adapters, few-shot samples, the order of the data, dropout and masking.
         precision: `bf16` (autocast), `fp32`, or `auto`: bf16 on a CUDA GPU or a processor with bf16 arithmetic, else
             fp32.
+        micro_batch_size: Examples per pass through the model, a divisor of the batch size whose gradients are summed to
+            that of the whole batch; by default the batch size. Fewer take less memory.
+        activation_checkpointing: Recompute activations in the backward pass, which takes less memory and a third more
+            time.
         average: Fraction of the steps after which the evaluated weights are averaged, as one more candidate for the
             best weights (stochastic weight averaging, Izmailov et al. 2018, arXiv:1803.05407); 0 for no average.
 
@@ -67,15 +73,21 @@ class Recipe:
     seed: int = 20  # arbitrary
     precision: str = "auto"
     average: float = 0.0
+    micro_batch_size: int | None = None
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range, and an unknown precision."""
-        for name in ("steps", "epochs", "batch_size", "learning_rate", "eval_every", "save_every"):
+        for name in ("steps", "epochs", "batch_size", "micro_batch_size", "learning_rate", "eval_every", "save_every"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise RecipeError(f"{name} must be a number above 0, found {value}.")
         if self.batch_size > MAX_BATCH_SIZE:
             raise RecipeError(f"batch_size must be at most {MAX_BATCH_SIZE:,}, found {self.batch_size:,}.")
+        if self.batch_size % self.num_micro_batch_examples:
+            raise RecipeError(
+                f"micro_batch_size must divide the batch size, {self.batch_size:,}; found {self.micro_batch_size:,}."
+            )
         if self.steps:
             self._check_examples(self.steps)
         if not 0 <= self.weight_decay < math.inf:
@@ -118,6 +130,17 @@ class Recipe:
         assert self.steps is not None  # `resolve` sets it
         return self.steps
 
+    @property
+    def num_micro_batch_examples(self) -> int:
+        """The number of examples per pass through the model."""
+        return self.micro_batch_size or self.batch_size
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as outcomes record them: those that earlier versions lacked only if they are set."""
+        fields = dataclasses.asdict(self)
+        added = {"micro_batch_size": None, "activation_checkpointing": False}
+        return {name: value for name, value in fields.items() if name not in added or value != added[name]}
+
     def resolve_precision(self) -> str:
         """Return `bf16` or `fp32`: the recipe's precision, or for `auto` the one that suits the device."""
         return preferred_precision() if self.precision == "auto" else self.precision
@@ -150,6 +173,15 @@ def check_trained(checkpoint: Checkpoint, recipe: Recipe) -> None:
             "the training ended in weights that are infinite or NaN. Lower the learning rate "
             f"({recipe.learning_rate}), or train in fp32."
         ) from error
+
+
+def added_option(default: Any) -> Any:
+    """Declare a field of a method's options that versions before lacked, so that it is recorded only if it is set.
+
+    Args:
+        default: The default, with which the method does what it did without the option.
+    """
+    return dataclasses.field(default=default, metadata={ADDED: True})
 
 
 def check_decay_schedule(option: str, schedule: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -45,6 +46,18 @@ class Upgrade:
         self._check_architecture()
         self._check_tensors()
         _ = self.row_match  # checks the vocabularies, and logs a difference
+
+    def with_bases(self, old: Base, new: Base) -> Upgrade:
+        """Return the upgrade with other tokenizers of the same bases, which are not checked again.
+
+        Args:
+            old: The old base, with another tokenizer.
+            new: The new base, with another tokenizer.
+        """
+        replaced = copy.copy(self)
+        object.__setattr__(replaced, "old", old)
+        object.__setattr__(replaced, "new", new)
+        return replaced
 
     @functools.cached_property
     def row_match(self) -> RowMatch | None:

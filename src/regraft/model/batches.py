@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regraft.model.device import autocast
 from regraft.model.outputs import forward, unwrap_model
 from regraft.progress import silent
+from regraft.task.types.token_logits import TokenLogits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,7 +87,7 @@ def for_each_batch(
         model.train(was_training)
 
 
-def predict(model: nn.Module, examples: Examples, precision: str, progress: Progress = silent) -> torch.Tensor:
+def predict(model: nn.Module, examples: Examples, precision: str, progress: Progress = silent) -> Any:
     """Compute a model's logits.
 
     Args:
@@ -96,19 +97,21 @@ def predict(model: nn.Module, examples: Examples, precision: str, progress: Prog
         progress: Called after each batch.
 
     Returns:
-        The logits, rows × outputs, in float32 on the CPU, in the order of the examples.
+        The logits, rows × outputs, in float32 on the CPU, in the order of the examples; of a language model, the states
+        that its head reads, with the head.
     """
     import torch
 
     row_indices: list[torch.Tensor] = []
-    logits: list[torch.Tensor] = []
+    logits: list[Any] = []
 
     def collect(output: Output, batch: dict[str, torch.Tensor], indices: list[int]) -> None:
         row_indices.append(batch["row"].cpu())
         logits.append(output.logits.cpu())
 
     for_each_batch(model, examples, precision, collect, progress)
-    ordered_logits = torch.empty(len(examples.targets), logits[0].shape[1])
-    for batch_indices, batch_logits in zip(row_indices, logits, strict=True):
-        ordered_logits[batch_indices] = batch_logits
-    return ordered_logits
+    order = torch.cat(row_indices).argsort()
+    if isinstance(logits[0], TokenLogits):
+        # of a head with tuned rows, each batch has a copy of its own with the same values
+        return TokenLogits(torch.cat([batch_logits.states for batch_logits in logits]), logits[0].head)[order]
+    return torch.cat(logits)[order]

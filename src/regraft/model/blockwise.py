@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.experts import is_experts
 from regraft.model.batches import plan_batches
-from regraft.model.device import autocast, device
+from regraft.model.device import autocast, deploy, device
 from regraft.model.outputs import forward, last_token_indices, model_inputs, unwrap_model
+from regraft.model.vocabulary_head import has_vocabulary_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -45,13 +46,14 @@ class BlockwiseForward:
     def __init__(self, model: nn.Module, examples: Examples, precision: str):
         import torch
 
-        self.model = model.to(device()).eval()
+        self.model = deploy(model, precision).eval()
         self.precision = precision
         # observers sum over many rows, so they need more precision than the model does
         self._row_dtype = torch.float64 if precision == "fp32" else torch.float32
         inner = unwrap_model(model)
         self.blocks = _find_blocks(inner)
         self._body_modules = set(inner.base_model.modules())
+        self._is_language_model = has_vocabulary_head(inner)
         self.names = {module: name for name, module in model.named_modules()}
         plan = plan_batches(model, examples)
         # examples × tokens can be told from tokens × examples only if the two numbers differ
@@ -61,7 +63,9 @@ class BlockwiseForward:
             self.blocks = []
         if not is_batch_first:
             plan = plan_batches(model, examples, equal_length=True)
-        self.batches = [_batch_inputs(examples, indices) for indices in plan]
+        # a language model's head is computed at the rows only, any other head at all tokens
+        batch_inputs = _batch if self._is_language_model else _batch_inputs
+        self.batches = [batch_inputs(examples, indices) for indices in plan]
         self.part = 0  # the index of the current part
         # for each batch, the output of the block before the current part
         self._stored_outputs: list[Any] = [None] * len(self.batches)
@@ -76,12 +80,13 @@ class BlockwiseForward:
         """Run the current part on all batches.
 
         Args:
-            modules: The modules to observe; modules outside the current part are ignored.
+            modules: The modules to observe, which may include the block itself; modules outside the current part are
+                ignored.
             observe: Called for each batch and module with the module's name, the index of the batch, and the module's
                 inputs and outputs. Both are tokens × width without padding, in float64 if the precision is `fp32` and
                 in float32 if it is `bf16`. If the module is called several times, its inputs are concatenated, and so
                 are its outputs. The outputs of fused experts are replaced by the indices of the experts that each token
-                is routed to.
+                is routed to. A language model's head is observed at the rows only, without its outputs.
             advance: Whether to store the outputs and to proceed to the next part.
         """
         for batch_index in range(len(self.batches)):
@@ -110,13 +115,21 @@ class BlockwiseForward:
         import torch
 
         calls: ModuleCalls = {}
-        handles = [self._record_calls(module, batch_index, calls) for module in modules if observe]
+        modules = list(modules)
+        # the logits of all rows would be too large, and the rows of a head are known without them
+        heads = [module for module in modules if self._is_language_model and module not in self._body_modules]
+        observed = [module for module in modules if module not in heads]
+        handles = [self._record_calls(module, batch_index, calls) for module in observed if observe]
         self._skip_completed_parts(batch_index)
         if self.part < len(self.blocks):
-            self._stop_after_part(batch_index, keep_outputs)
+            is_observed = observe is not None and self.blocks[self.part] in modules
+            self._stop_after_part(batch_index, keep_outputs, calls if is_observed else None)
         try:
             with torch.no_grad(), autocast(self.precision, device()):
-                forward(self.model, self.batches[batch_index])
+                output = forward(self.model, self.batches[batch_index])
+                for module in heads:
+                    states = output.logits.states.to(self._row_dtype)
+                    calls[self.names[module]] = [(states, states[:, :0])]
         except _PartDone:
             pass
         finally:
@@ -197,7 +210,8 @@ class BlockwiseForward:
         batch = self.batches[batch_index]
         mask = batch["attention_mask"].bool()
         if tensor.dim() > 2 and tensor.shape[:2] == mask.shape:
-            last_tokens = last_token_indices(self.model, batch) if is_head and tensor.dim() == 3 else None
+            reads_last_token = is_head and tensor.dim() == 3 and not self._is_language_model
+            last_tokens = last_token_indices(self.model, batch) if reads_last_token else None
             rows = tensor[mask] if last_tokens is None else tensor[torch.arange(len(mask)), last_tokens]
         elif tensor.dim() == 2 and len(tensor) == mask.numel():  # Conv1D and experts flatten examples × tokens
             rows = tensor[mask.flatten()]
@@ -217,8 +231,8 @@ class BlockwiseForward:
         for block in self.blocks[: self.part]:
             block.forward = return_stored_output
 
-    def _stop_after_part(self, batch_index: int, keep_outputs: bool) -> None:
-        """Make the current block end the forward pass, and optionally store its outputs."""
+    def _stop_after_part(self, batch_index: int, keep_outputs: bool, calls: ModuleCalls | None) -> None:
+        """Make the current block end the forward pass, and optionally store its outputs and add its call to `calls`."""
         block = self.blocks[self.part]
         block_forward = block.forward
 
@@ -226,6 +240,12 @@ class BlockwiseForward:
             output = block_forward(*args, **kwargs)
             if keep_outputs:
                 self._stored_outputs[batch_index] = output
+            if calls is not None:  # the end of the pass skips the block's hooks
+                name = self.names[block]
+                self._part_by_module.setdefault(name, self.part)
+                tensors = _first_argument(args, kwargs), _first_tensor(output)
+                inputs, outputs = (self._token_rows(tensor, batch_index, is_head=False) for tensor in tensors)
+                calls.setdefault(name, []).append((inputs, outputs))
             raise _PartDone
 
         block.forward = forward_and_stop  # not a hook, because some models call `forward` directly
@@ -259,6 +279,10 @@ def _first_tensor(output: Any) -> torch.Tensor:
     outputs = output.values() if isinstance(output, dict) else output  # SqueezeBERT returns a dict
     tensor: torch.Tensor = next(iter(outputs))
     return tensor
+
+
+def _batch(examples: Examples, indices: list[int]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device()) for name, tensor in examples.batch(indices).items()}
 
 
 def _batch_inputs(examples: Examples, indices: list[int]) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 def device() -> torch.device:
@@ -15,6 +16,20 @@ def device() -> torch.device:
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+def deploy(model: nn.Module, precision: str) -> Any:
+    """Move a model to the device, in a dtype that it can compute in.
+
+    Args:
+        model: The model, which is modified.
+        precision: `fp32` to convert weights that are stored in bfloat16 to float32; `bf16` to leave them.
+    """
+    import torch
+
+    if precision == "fp32" and any(tensor.dtype == torch.bfloat16 for tensor in model.parameters()):
+        model.float()
+    return model.to(device())
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:

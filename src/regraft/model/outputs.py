@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from regraft.model.vocabulary_head import has_vocabulary_head, language_model_body, vocabulary_head
 from regraft.task.types import ROW_TENSORS
+from regraft.task.types.token_logits import TokenLogits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -20,14 +22,15 @@ class Output:
     """The output of a model for a batch.
 
     Args:
-        logits: The logits, rows × outputs, in float32 or wider.
+        logits: The logits, rows × outputs, in float32 or wider; of a language model, the states that its head reads,
+            with the head, because logits of all tokens would take rows × vocabulary numbers.
         example: For each row, the index of its example in the batch.
         token: For each row, the index of its token in `hidden`, where virtual tokens, if any, come first.
         hidden: The hidden states after the embeddings and after each layer, batch × tokens × width; empty unless
             requested.
     """
 
-    logits: torch.Tensor
+    logits: Any
     example: torch.Tensor
     token: torch.Tensor
     hidden: tuple[torch.Tensor, ...] = ()
@@ -64,9 +67,10 @@ def forward(
 ) -> Output:
     """Run a model on a batch that is padded on the right, each example as if it were alone.
 
-    This differs from a call of the model in three respects. If the batch has `token`, the head is computed at the rows
-    only. Hidden states are also returned for a model with a prefix adapter, for which PEFT drops them. A decoder's head
-    that reads the last token of a text reads the same token as for the text alone, whatever the batch is padded with.
+    This differs from a call of the model in four respects. If the batch has `token`, the head is computed at the rows
+    only. The head of a language model is not computed at all: losses compute it in chunks. Hidden states are also
+    returned for a model with a prefix adapter, for which PEFT drops them. A decoder's head that reads the last
+    token of a text reads the same token as for the text alone, whatever the batch is padded with.
 
     In a model of `PADDING_SENSITIVE`, padding affects the outputs all the same: its batches must have examples of equal
     length.
@@ -84,7 +88,7 @@ def forward(
     import torch
 
     inner = unwrap_model(model)
-    inputs = model_inputs(batch)
+    inputs: dict[str, Any] = model_inputs(batch)
     body = inner.base_model
     mask = inputs["attention_mask"]
     all_examples = torch.arange(len(mask), device=mask.device)
@@ -98,6 +102,11 @@ def forward(
         token = torch.zeros_like(all_examples)
         last_token = last_token_indices(model, inputs)
     hidden_states: tuple[torch.Tensor, ...] = ()
+    token_logits: TokenLogits | None = None
+    is_language_model = has_token_rows and has_vocabulary_head(inner)
+    if is_language_model:
+        body = language_model_body(inner)
+        inputs["use_cache"] = False  # a cache of keys and values is read only by generation
 
     def request_hidden(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "output_hidden_states": True}
@@ -109,12 +118,17 @@ def forward(
 
     def select_rows(module: nn.Module, args: Any, output: Any) -> Any:
         """Replace the body's last hidden states by the rows' states, so that the head reads no other states."""
-        nonlocal token
+        nonlocal token, token_logits
         states = output.last_hidden_state
         num_virtual_tokens = states.shape[1] - mask.shape[1]  # they come first
         if has_token_rows:
             token = token + num_virtual_tokens
-            states = states[example, token][None]
+            if is_language_model:
+                # read here, because `functional_call` replaces parameters during the call only
+                token_logits = TokenLogits(states[example, token], vocabulary_head(inner))
+                states = states[:, :0]
+            else:
+                states = states[example, token][None]
         else:
             token = last_token + num_virtual_tokens
             # repeated at every token, because heads differ in the token that they read
@@ -135,10 +149,13 @@ def forward(
             else:
                 from torch.func import functional_call
 
-                logits = functional_call(model, dict(parameters), (), inputs).logits
+                replacements = _with_tied_names(model, parameters)
+                logits = functional_call(model, replacements, (), inputs, tie_weights=False).logits
     finally:
         for handle in handles:
             handle.remove()
+    if token_logits is not None:
+        return Output(token_logits, example, token, hidden_states)
     if has_token_rows:
         logits = logits[0]  # `select_rows` made one sequence of all rows
     return Output(_at_least_float32(logits), example, token, hidden_states)
@@ -190,6 +207,25 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return a model's parameters that require gradients, by their names inside DistributedDataParallel."""
     parameters = unwrap_parallel(model).named_parameters()
     return {name: parameter for name, parameter in parameters if parameter.requires_grad}
+
+
+def _with_tied_names(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return parameters by all names of those that are tied to them.
+
+    `functional_call` would do so itself, but restores a parameter wrongly if modules share the module that owns it, as
+    tied embeddings share PEFT's tuned rows of tokens.
+    """
+    replacements = {
+        id(parameter): parameters[name]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name in parameters
+    }
+    return {
+        f"{module_name}.{name}" if module_name else name: replacements[id(parameter)]
+        for module_name, module in model.named_modules()  # each module once
+        for name, parameter in module.named_parameters(recurse=False)
+        if id(parameter) in replacements
+    }
 
 
 def _has_soft_prompt(model: nn.Module) -> bool:

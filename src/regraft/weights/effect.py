@@ -66,7 +66,7 @@ def rotation(cross: torch.Tensor, shrink: float) -> torch.Tensor:
     if not 0 <= shrink <= 1:
         raise RecipeError(f"the shrinkage must be from 0 to 1, found {shrink}.")
     identity = torch.eye(len(cross)).to(cross)
-    if shrink == 1:
+    if shrink == 1 or not cross.any():  # without activations, nothing determines a rotation
         return identity
     scale = torch.linalg.svdvals(cross.float()).mean() if shrink else 1.0
     u, _, vt = torch.linalg.svd((1 - shrink) * cross / scale + shrink * identity)

@@ -49,7 +49,7 @@ class RowMatch:
         removed_tokens: The old base's tokens that the new base lacks.
         added_tokens: The new base's tokens that the old base lacks.
         tuned_only: The grafted row of each token that only the fine-tune has.
-        num_padding_rows: The number of grafted rows without a token, which are matched in order.
+        num_padding_rows: The number of grafted rows without a token, which are matched by index, or else in order.
         num_common_tokens: The number of tokens that both bases have.
     """
 
@@ -122,7 +122,8 @@ def match_rows(
 ) -> RowMatch:
     """Match the rows of the vocabularies of two bases and a fine-tune by token.
 
-    Rows without a token, such as those that pad the size to a multiple of 64, are matched in order.
+    Rows without a token, such as those that pad the size to a multiple of 64, are matched by their index, and the rest
+    in order.
 
     Args:
         old_vocabulary: The old tokenizer's ids by token.
@@ -155,8 +156,11 @@ def match_rows(
     for row in padding_rows:
         matched["new"][row] = row
     for role in ("old", "tuned"):
-        unused_rows = sorted(set(range(num_rows[role])) - set(vocabularies[role].values()))
-        for row, unused_row in zip(padding_rows, unused_rows, strict=False):
+        unused_rows = set(range(num_rows[role])) - set(vocabularies[role].values())
+        for row in unused_rows.intersection(padding_rows):
+            matched[role][row] = row
+        other_rows = [row for row in padding_rows if row not in unused_rows]
+        for row, unused_row in zip(other_rows, sorted(unused_rows.difference(padding_rows)), strict=False):
             matched[role][row] = unused_row
     return RowMatch(
         new_row_indices=tuple(matched["new"]),
