@@ -119,7 +119,7 @@ class Adaptation:
         if problem:
             logger.warning("%s was not tuned on %s: %s. Used because of --force.", self.path, base.path, problem)
             return "forced"
-        logger.warning("%s does not record its base, so it is unproven that it was tuned on %s.", self.path, base.path)
+        logger.warning("%s records no fingerprint, so it is unproven that it was tuned on %s.", self.path, base.path)
         return "unproven"
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from regraft.checkpoint import write_atomic, write_safetensors
-from regraft.errors import MAX_LISTED, CheckpointError
+from regraft.checkpoint import read_json, write_atomic, write_safetensors
+from regraft.errors import MAX_LISTED, CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -140,3 +140,21 @@ def write_adapter_config(folder: Path, config: Mapping[str, Any]) -> None:
     """
     ordered = {name: sorted(config[name]) for name in SET_VALUED_KEYS if isinstance(config.get(name), (list, set))}
     write_atomic(folder / ADAPTER_CONFIG, json.dumps({**config, **ordered}, indent=2, sort_keys=True) + "\n")
+
+
+def set_served_base(folder: Path, served_base: str) -> None:
+    """Record the base of an adapter as a server names it, which vLLM compares as a string.
+
+    Args:
+        folder: The adapter's folder.
+        served_base: The path or hub id that the server gets as its model.
+
+    Raises:
+        RecipeError: The folder has no adapter.
+    """
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file():
+        raise RecipeError(
+            f"served_base is {served_base!r}, but a full fine-tune records no base: it is served alone. Leave it out."
+        )
+    write_adapter_config(folder, {**read_json(file), "base_model_name_or_path": served_base, "revision": None})

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from regraft.adaptation.adaptation import Adaptation
     from regraft.base import Base
+    from regraft.weights import RowMatch
 
 SUPPORTED_KINDS = ("full", "lora", "bottleneck")
 """The kinds of adaptation whose changes `linear_changes` returns."""
@@ -56,7 +57,9 @@ class Change:
             self.weight.add_(change.reshape(self.weight.shape).to(self.weight))
 
 
-def linear_changes(model: Any, old_model: Any, adaptation: Adaptation, old: Base) -> list[Change]:
+def linear_changes(
+    model: Any, old_model: Any, adaptation: Adaptation, old: Base, row_match: RowMatch | None = None
+) -> list[Change]:
     """Return the changes that an adaptation makes to the linear layers of a grafted model.
 
     Args:
@@ -64,6 +67,7 @@ def linear_changes(model: Any, old_model: Any, adaptation: Adaptation, old: Base
         old_model: The adaptation on the old base, as a model.
         adaptation: A full fine-tune, a plain LoRA or bottleneck adapters.
         old: The old base.
+        row_match: How the rows of the vocabularies match; None if they are the same.
 
     Returns:
         A change for each linear layer that the adaptation tunes, and for each projection of fused experts.
@@ -75,13 +79,12 @@ def linear_changes(model: Any, old_model: Any, adaptation: Adaptation, old: Base
 
     check_transformable(adaptation, SUPPORTED_KINDS)
     tuned_parameters = dict(old_model.named_parameters())
+    embeddings = embedding_weights(model)
     changes = []
 
     def delta(name: str) -> torch.Tensor | None:
         """Return tuned − old; None if the old base lacks the parameter."""
-        value: torch.Tensor = tuned_parameters[name].detach()
-        base = base_tensor(name, old)
-        return None if base is None else value - base.to(value)
+        return parameter_delta(name, tuned_parameters[name].detach(), old, row_match)
 
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -98,7 +101,7 @@ def linear_changes(model: Any, old_model: Any, adaptation: Adaptation, old: Base
             continue
         elif name.endswith(".bottleneck.down"):
             changes.append(Change(name, module, module.weight, module.weight.detach().clone(), is_head=False))
-        elif adaptation.family.tunes_module_weight(name, old):
+        elif adaptation.family.tunes_module_weight(name, old) and id(module.weight) not in embeddings:
             layer_delta = delta(f"{name}.weight")
             transposed = is_transposed(module)
             is_head = layer_delta is None
@@ -120,10 +123,41 @@ def base_tensor(name: str, base: Base) -> torch.Tensor | None:
     """
     plain = name.removeprefix(PEFT_PREFIX).replace(f".modules_to_save.{ADAPTER_NAME}", "")
     inner = plain.removeprefix(base.prefix + ".")
-    if inner in base.parameters:
-        return base.parameters[inner]
+    if inner in base.model_parameters:
+        return base.model_parameters[inner]
     name_in_base = base.named_tensors.names.get(plain)  # a layer of the head that language models have too
     return None if name_in_base is None else base.named_tensors[name_in_base]
+
+
+def parameter_delta(
+    name: str, tuned: torch.Tensor, old: Base, row_match: RowMatch | None = None
+) -> torch.Tensor | None:
+    """Return tuned − old; for a language model's head, in the rows of the grafted vocabulary.
+
+    Args:
+        name: The parameter's name in the model, with or without an adapter.
+        tuned: The tuned parameter on the old base.
+        old: The old base.
+        row_match: How the rows of the vocabularies match; None if they are the same.
+
+    Returns:
+        The delta, 0 in rows of tokens that a base or the fine-tune lacks; None if the old base lacks the parameter.
+    """
+    import torch
+
+    base = base_tensor(name, old)
+    if base is None:
+        return None
+    base = base.to(tuned)
+    plain = name.removeprefix(PEFT_PREFIX).replace(f".modules_to_save.{ADAPTER_NAME}", "")
+    if row_match is None or plain not in old.language_head:
+        return tuned - base
+    match = (row_match.new_row_indices, row_match.tuned_row_indices, row_match.old_row_indices)
+    new_rows, tuned_rows, old_rows = map(torch.tensor, match)
+    in_all = (new_rows >= 0) & (tuned_rows >= 0) & (old_rows >= 0)
+    delta = tuned.new_zeros(len(in_all), *tuned.shape[1:])
+    delta[in_all] = tuned[tuned_rows[in_all]] - base[old_rows[in_all]]
+    return delta
 
 
 def skip_reasons(
@@ -145,7 +179,8 @@ def skip_reasons(
     from peft.tuners.lora import LoraLayer
     from torch.nn import Embedding
 
-    weights = {id(change.weight) for change in changes}  # parameters have no usable equality
+    # parameters have no usable equality
+    weights = {id(change.weight) for change in changes} | embedding_weights(model)
     names = []
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -161,6 +196,17 @@ def skip_reasons(
                 if not torch.equal(value, base.to(value)):
                     names.append(parameter)
     return dict.fromkeys(names, "no layer whose inputs can be watched")
+
+
+def embedding_weights(model: nn.Module) -> set[int]:
+    """Return the identities of the weights of embeddings, with which a tied head is changed too.
+
+    Args:
+        model: A model, with or without an adapter.
+    """
+    from torch.nn import Embedding
+
+    return {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
 
 
 def is_linear_map(module: nn.Module) -> bool:

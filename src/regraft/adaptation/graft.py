@@ -68,6 +68,8 @@ def write_grafted_adaptation(
     row_match = match_token_rows(adaptation, upgrade)
     if row_match is not None and (family.tunes_base or row_match.tuned_only):
         write_vocabulary(folder, upgrade.new.path, adaptation.path, upgrade.old.path, row_match)
+        if upgrade.new.text_tokenizer is not None:  # a language model, with the chat template of its task
+            write_tokenizer(upgrade.new, folder)
     else:
         write_tokenizer(upgrade.new, folder)
     write_lineage(folder, upgrade.new, adaptation.labels, adaptation.task_type)

@@ -34,6 +34,8 @@ def stored_head(adaptation: Adaptation, base: Base) -> Head:
     task_type = task_types().get(adaptation.task_type or DEFAULT_TYPE, TextClassification)
     if adaptation.task_type is None and matching_types and task_type not in matching_types:
         task_type = matching_types[0]
+    if task_type.head_in_base:
+        return Head(task_type, ())
     if adaptation.labels:
         return Head(task_type, adaptation.labels)
     output_names = label_tensor_names(base, task_type)
@@ -93,7 +95,7 @@ def check_num_outputs(adaptation: Adaptation, num_outputs: int, head: Head) -> N
     Raises:
         MismatchError: The numbers differ.
     """
-    if num_outputs == head.num_outputs:
+    if head.type.head_in_base or num_outputs == head.num_outputs:
         return
     names = adaptation.labels or ()
     labels = f" ({', '.join(names)})" if len(names) == num_outputs else ""

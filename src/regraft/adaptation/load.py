@@ -8,9 +8,9 @@ from pathlib import Path
 from regraft.adaptation.adaptation import Adaptation
 from regraft.adaptation.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, check_sizes
 from regraft.adaptation.families import FULL, family_of
-from regraft.adaptation.families.full import check_classifier
 from regraft.adaptation.kinds import kind_of
 from regraft.adaptation.labels import output_names
+from regraft.adaptation.model_class import check_model_class
 from regraft.adaptation.record import labels_of_config, read_lineage, reconcile_labels
 from regraft.checkpoint import Checkpoint, check_unquantised, read_json
 from regraft.errors import MAX_LISTED, CheckpointError
@@ -64,7 +64,7 @@ def load_adaptation(path: str | Path) -> Adaptation:
         raise CheckpointError(f"{folder}: has no {expected}. Copy the one that was saved with these weights.")
     config = read_json(folder / "config.json")
     check_unquantised(folder, checkpoint.tensors)
-    check_classifier(folder, config)
+    check_model_class(folder, config)
     adaptation = Adaptation(folder, "full", FULL, labels, base, checkpoint, config, task_type)
     configured = labels_of_config(config, folder)
     if configured == output_names(adaptation):  # which a task type may name otherwise than the labels

@@ -83,6 +83,16 @@ def prepare_for_tuning(model: Any, base: Base, head: Head, config: Config | None
     return family_of_config(config).prepare_for_tuning(model, base, head, config, seed)
 
 
+def keeps_base(config: Config | None) -> bool:
+    """Return whether an adaptation of a config leaves its base as it is, in whatever dtype it is stored.
+
+    Args:
+        config: The adapter's config; None for a full fine-tune, which trains the base. A LoRA such as PiSSA changes the
+            base's weights when it is initialised.
+    """
+    return config is not None and not family_of_config(config).changed_base(config.to_dict())
+
+
 def initial_factors(model: Any) -> Mapping[str, torch.Tensor]:
     """Return the initial factors of a LoRA whose initialisation changed its base, such as PiSSA.
 

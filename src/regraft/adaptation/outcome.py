@@ -6,19 +6,16 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regraft.adaptation.card import model_card
 from regraft.adaptation.load import load_adaptation
 from regraft.adaptation.outcome_record import OutcomeRecord, read_outcome_record
 from regraft.adaptation.record import OUTCOME_FILE
 from regraft.checkpoint import check_output_path, publish, read_json, read_json_lines, to_json, write_atomic
 from regraft.checkpoint.record import plain_text
 from regraft.errors import CheckpointError, OutcomeError, RegraftError
-from regraft.printable import printable
-from regraft.task.score import find_metric
-from regraft.task.types import task_types
 from regraft.upgrade import with_current_fingerprints
 
 if TYPE_CHECKING:
@@ -167,11 +164,14 @@ def write_outcome(
     Raises:
         OutcomeError: A figure is infinite or NaN, or `out` exists.
     """
-    content = to_json(dataclasses.asdict(record), OUTCOME_FILE, indent=2) + "\n"
+    fields = dataclasses.asdict(record)
+    if record.task.selection is None:
+        del fields["task"]["selection"]  # so that records without a metric of their own for selection stay as they were
+    content = to_json(fields, OUTCOME_FILE, indent=2) + "\n"
     write_atomic(staging / OUTCOME_FILE, content)
     for name, rows in ((CURVE_FILE, curve), (PREDICTIONS_FILE, predictions)):
         write_atomic(staging / name, "".join(to_json(row, name) + "\n" for row in rows))
-    write_atomic(staging / "README.md", _card(record))
+    write_atomic(staging / "README.md", model_card(record, staging / "adaptation", predictions))
     publish(staging, out)
     return Outcome(out, read_outcome_record(json.loads(content), OUTCOME_FILE))
 
@@ -207,59 +207,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # run from a source tree without installation
         return "unknown"
-
-
-def _card(record: OutcomeRecord) -> str:
-    task, scores, cost, source = record.task, record.scores, record.cost, record.recycled_from
-    library = {"full": "transformers", "bottleneck": "regraft"}.get(record.kind, "peft")
-    labels = f" ({', '.join(map(_safe_text, record.labels))})" if record.labels else ""
-    lines = [
-        "---",
-        f"library_name: {library}",
-        f"pipeline_tag: {task_types()[task.type].pipeline_tag}",
-        "tags: [regraft]",
-        "---",
-        f"# {_safe_text(task.name)} on {_safe_text(Path(record.base.name).name)}",
-        "",
-        f"A {record.kind} adaptation for {_code(task.name)}{labels}, made by regraft with method `{record.method}`.",
-        "",
-        f"- base model: {_code(record.base.name)} ({record.base.fingerprint})",
-    ]
-    if source:
-        names = f"{_code(source.adaptation)} on {_code(source.old_base)}"
-        lines.append(f"- recycled from: {names} ({source.fingerprint})")
-    dev, test, start = (_score_text(task.metric, value) for value in (scores.dev, scores.test, scores.dev_at_start))
-    if record.curve_is_agreement:
-        start = "not measured"
-    lines += [
-        f"- {task.metric}: dev {dev}, test {test} (before the first step: dev {start})",
-        f"- cost: {cost.steps} steps, {cost.seconds:.0f} s, {cost.labels} labelled examples",
-        f"- made with: {_options_text(record)}",
-        "",
-        "The weights are in `adaptation/`; `outcome.json` has the whole record, `curve.jsonl` the learning curve.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _options_text(record: OutcomeRecord) -> str:
-    recipe = record.recipe
-    options = record.inputs.get("options") or {}
-    parts = [_safe_text(f"{name} {value}") for name, value in options.items() if value not in (None, "", [], ())]
-    if record.cost.steps:
-        parts.append(f"batches of {recipe['batch_size']}, peak learning rate {recipe['learning_rate']:g}")
-    return ", ".join([*parts, f"seed {record.seed}"])
-
-
-def _code(text: str) -> str:
-    """Format text from files as a code span, in which Markdown interprets no markup, links or HTML."""
-    return f"`{' '.join(printable(text).replace('`', chr(39)).split())}`"
-
-
-def _safe_text(text: str) -> str:
-    """Format text from files as plain text, or as a code span if Markdown might interpret it."""
-    return text if re.fullmatch(r"(?!.*www\.)\w[\w .,+-]*", text) else _code(text)
-
-
-def _score_text(metric: str, value: float | None) -> str:
-    return "not measured" if value is None else find_metric(metric).format_score(value, 4)

@@ -13,6 +13,11 @@ SCHEMA = 2
 """The version of the format of `outcome.json` that is written."""
 READABLE_SCHEMAS = (1, 2)  # predictions.jsonl of schema 1 lacks `right`, which follows from labels and predictions
 
+AGREEMENT = "agreement with the old model on dev"
+"""The note on the scores of a curve that is agreement, of which more is better."""
+ANSWER_LOSS = "loss of the old model's answers on dev"
+"""The note on the scores of a curve that is the loss of answers that the old model wrote, of which less is better."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskRecord:
@@ -24,6 +29,7 @@ class TaskRecord:
         digest: The digest of the data.
         train: The number of training examples.
         type: The name of the task type. Records of regraft 0.1, which had only the default type, lack it.
+        selection: The name of the metric by which the best weights were selected; None if it is `metric`.
     """
 
     name: str
@@ -31,6 +37,12 @@ class TaskRecord:
     digest: str
     train: Count
     type: str = DEFAULT_TYPE
+    selection: str | None = None
+
+    @property
+    def curve_metric(self) -> str:
+        """The name of the metric of the learning curve and of `Scores.dev_at_start`."""
+        return self.selection or self.metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +51,10 @@ class Scores:
 
     Args:
         dev: The dev score of the final weights.
-        dev_majority: The dev score of guessing without looking at the input.
+        dev_majority: The dev score of guessing without looking at the input; None for a language model.
         test: The test score of the final weights.
-        test_majority: The test score of guessing without looking at the input.
-        dev_at_start: The dev score before the first step.
+        test_majority: The test score of guessing without looking at the input; None for a language model.
+        dev_at_start: The dev score before the first step, by the metric of the learning curve.
     """
 
     dev: float | None = None

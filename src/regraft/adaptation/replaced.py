@@ -10,7 +10,7 @@ import functools
 import re
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation.lora import MAGNITUDE_SUFFIX, TOKEN_ROWS_SUFFIX, name_without_prefix
+from regraft.adaptation.lora import B_SUFFIX, MAGNITUDE_SUFFIX, TOKEN_ROWS_SUFFIX, name_without_prefix
 from regraft.checkpoint import DerivedTensors, TensorSpec, dtype_of, shape_of
 from regraft.errors import MismatchError
 from regraft.weights import graft, graft_rows
@@ -39,8 +39,8 @@ def replaced_parameter(stored_name: str, base: Base) -> str | None:
         base: A base of the adapter's architecture.
 
     Returns:
-        The parameter's name in memory inside the body; None for a tensor that replaces none, such as A and B of a LoRA
-        and the head.
+        The parameter's name in memory inside the body, or in a language model for its head; None for a tensor that
+        replaces none, such as A and B of a LoRA and the head of a classifier.
     """
     name = WRAPPER.sub(
         "", name_without_prefix(stored_name).removesuffix(".weight" if MAGNITUDE_SUFFIX in stored_name else "")
@@ -49,7 +49,7 @@ def replaced_parameter(stored_name: str, base: Base) -> str | None:
         if name.endswith(suffix):
             name = name.removesuffix(suffix) + ".weight"
     inner = name.removeprefix(f"{base.prefix}.")
-    return inner if inner in base.parameters else None
+    return inner if inner in base.model_parameters else None
 
 
 def graft_replacements(
@@ -78,10 +78,10 @@ def graft_replacements(
         MismatchError: A tensor differs in shape from the base's, or the adapter tunes rows that the base lacks.
     """
     inners = {name: inner for name in tensors if (inner := replaced_parameter(name, upgrade.old)) is not None}
-    replaced = {name: inner for name, inner in inners.items() if inner in upgrade.new.parameters}
+    replaced = {name: inner for name, inner in inners.items() if inner in upgrade.new.model_parameters}
     if match is None and (replace or not replaced):
         return tensors, ()
-    old, new = upgrade.old.parameters, upgrade.new.parameters
+    old, new = upgrade.old.model_parameters, upgrade.new.model_parameters
     entries = {}
     for name in tensors:
         dtype = dtype_of(tensors, name)
@@ -103,6 +103,11 @@ def graft_replacements(
             columns = functools.partial(_columns, rows=match.tuned_row_indices)
             entries[name] = TensorSpec(
                 dtype, (shape[0], len(match.tuned_row_indices)), ((tensors, name),), columns, elementwise=False
+            )
+        elif match is not None and _is_head_factor(name, upgrade.old):  # a row for each token
+            rows = functools.partial(_rows, rows=match.tuned_row_indices)
+            entries[name] = TensorSpec(
+                dtype, (len(match.tuned_row_indices), *shape[1:]), ((tensors, name),), rows, elementwise=False
             )
         else:
             entries[name] = TensorSpec(dtype, shape, ((tensors, name),))
@@ -144,7 +149,7 @@ def _graft_rule(
     Raises:
         MismatchError: The adapter tunes rows that the old base lacks.
     """
-    shape = shape_of(upgrade.old.parameters, inner)
+    shape = shape_of(upgrade.old.model_parameters, inner)
     if TOKEN_ROWS_SUFFIX in name:
         plain_name = name_without_prefix(name)
         rows = token_rows(adaptation, plain_name.split(".token_adapter")[0].removesuffix(TOKEN_ROWS_SUFFIX))
@@ -165,11 +170,18 @@ def _graft_rule(
         token_rule = functools.partial(_graft_tokens, row_triples=row_triples, rule=rule)
         return token_rule, (len(rows), *shape[1:]), (len(row_triples), *shape[1:])
     if MAGNITUDE_SUFFIX in name:
-        module = upgrade.old.architecture.model.get_submodule(inner.removesuffix(".weight"))
-        dim = 1 if type(module).__name__ == "Linear" else 0  # PEFT transposes the weights of Conv1D and embeddings
+        is_head = inner in upgrade.old.language_head
+        module = None if is_head else upgrade.old.architecture.model.get_submodule(inner.removesuffix(".weight"))
+        # PEFT transposes the weights of Conv1D and embeddings
+        dim = 1 if is_head or type(module).__name__ == "Linear" else 0
         magnitude_shape = (shape[1 - dim],)
+        if match is not None and is_head:  # a norm for each token
+            row_rule = functools.partial(graft_rows, match=match, rule=rule)
+            magnitude_rule = functools.partial(_graft_magnitude, dim=dim, rule=row_rule)
+            return magnitude_rule, (match.num_tuned_rows,), (len(match.new_row_indices),)
         return functools.partial(_graft_magnitude, dim=dim, rule=rule), magnitude_shape, magnitude_shape
-    if match is not None and inner in upgrade.old.architecture.token_tensors:
+    has_token_rows = inner in upgrade.old.architecture.token_tensors or inner in upgrade.old.language_head
+    if match is not None and has_token_rows:
         row_rule = functools.partial(graft_rows, match=match, rule=rule)
         return row_rule, (match.num_tuned_rows, *shape[1:]), (len(match.new_row_indices), *shape[1:])
     return rule, shape, shape
@@ -186,6 +198,16 @@ def token_rows(adaptation: Adaptation, module: str) -> list[int]:
     if isinstance(rows, dict):  # by a suffix of the module's name
         rows = next((ids for suffix, ids in rows.items() if module == suffix or module.endswith(f".{suffix}")), [])
     return list(rows)
+
+
+def tuned_token_rows(adaptation: Adaptation) -> set[int]:
+    """Return the ids of all tokens that an adapter tunes, in the embeddings or in the head.
+
+    Args:
+        adaptation: Any adaptation.
+    """
+    rows = adaptation.config.get("trainable_token_indices") or adaptation.config.get("token_indices") or []
+    return set().union(*rows.values()) if isinstance(rows, dict) else set(rows)
 
 
 def num_adapter_rows(adaptation: Adaptation, base: Base) -> int | None:
@@ -223,6 +245,18 @@ def _graft_tokens(
         for i, j, position in row_triples
     ]
     return torch.stack([row.to(stored.dtype) for row in rows]) if rows else stored[:0]
+
+
+def _is_head_factor(stored_name: str, base: Base) -> bool:
+    """Return whether an adapter's tensor is B, or its bias, of a LoRA on the base's language-modelling head."""
+    plain = name_without_prefix(stored_name)
+    suffix = next((suffix for suffix in (B_SUFFIX, ".lora_B.bias") if plain.endswith(suffix)), None)
+    return suffix is not None and f"{plain.removesuffix(suffix)}.weight" in base.language_head
+
+
+def _rows(stored: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:
+    """Return the rows of the tokens of the grafted vocabulary; zeros for tokens that the adapter lacks."""
+    return _columns(stored[None] if stored.dim() == 1 else stored.T, rows).T.reshape(len(rows), *stored.shape[1:])
 
 
 def _columns(stored: torch.Tensor, rows: tuple[int, ...]) -> torch.Tensor:

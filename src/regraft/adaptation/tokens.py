@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from regraft.adaptation.lora import TOKEN_ROWS_SUFFIX
-from regraft.adaptation.replaced import token_rows
+from regraft.adaptation.replaced import token_rows, tuned_token_rows
 from regraft.errors import MAX_LISTED, CheckpointError, MismatchError
 from regraft.upgrade import Upgrade
 from regraft.vocabulary import ids_by_token, merged_tokenizer
@@ -40,14 +40,8 @@ def match_token_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | Non
         MismatchError: A tokenizer has more tokens than there are rows.
     """
     old, new = upgrade.old, upgrade.new
-    num_rows = adaptation.family.num_embedding_rows(adaptation, old)
     if adaptation.tokenizer is None:
-        if num_rows not in (None, old.embedding_rows):
-            raise CheckpointError(
-                f"{adaptation.path}: its embeddings have {num_rows:,} rows, those of {old.path} have "
-                f"{old.embedding_rows:,}, and its folder has no tokenizer to match them by. Copy the one that it was "
-                "tuned with into it."
-            )
+        _check_rows_without_tokenizer(adaptation, old)
         return upgrade.row_match
     vocabulary, num_rows = _stored_tokens(adaptation, old, adaptation.tokenizer)
     if vocabulary == old.vocabulary and num_rows == old.embedding_rows:
@@ -57,6 +51,19 @@ def match_token_rows(adaptation: Adaptation, upgrade: Upgrade) -> RowMatch | Non
     except MismatchError as error:
         raise MismatchError(f"{adaptation.path}: {error}") from error
     return None if match.is_identity else match
+
+
+def _check_rows_without_tokenizer(adaptation: Adaptation, old: Base) -> None:
+    """Check that an adaptation without a tokenizer has the rows of its base, so that they need not be matched."""
+    num_rows = adaptation.family.num_embedding_rows(adaptation, old)
+    if num_rows in (None, old.embedding_rows):
+        num_rows = 1 + max(tuned_token_rows(adaptation), default=-1)
+        if num_rows <= old.embedding_rows:
+            return
+    raise CheckpointError(
+        f"{adaptation.path}: its embeddings have {num_rows:,} rows, those of {old.path} have {old.embedding_rows:,}, "
+        "and its folder has no tokenizer to match them by. Copy the one that it was tuned with into it."
+    )
 
 
 def _stored_tokens(adaptation: Adaptation, old: Base, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], int]:
@@ -81,9 +88,13 @@ def with_adaptation_tokens(adaptation: Adaptation, upgrade: Upgrade) -> Upgrade:
     Returns:
         The upgrade; unchanged if the adaptation has no tokenizer or the old base's tokens, or stores no rows for its
         additional tokens.
+
+    Raises:
+        CheckpointError: The adaptation has rows that the old base lacks, and no tokenizer.
     """
     tokenizer = adaptation.tokenizer
     if tokenizer is None:
+        _check_rows_without_tokenizer(adaptation, upgrade.old)
         return upgrade
     vocabulary, num_rows = _stored_tokens(adaptation, upgrade.old, tokenizer)
     if rowless := sorted(tokenizer.get_vocab().keys() - vocabulary.keys()):

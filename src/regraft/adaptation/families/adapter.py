@@ -97,20 +97,22 @@ class Adapter(Family):
         """Attach a fresh adapter, and mark the heads and a pooler that the base lacks as fully tuned."""
         from transformers import set_seed
 
-        heads = [name for name, _ in model.named_children() if name != model.base_model_prefix and name != "dropout"]
+        heads: list[str] = []
+        if not head.type.head_in_base:  # the base's own head stays frozen
+            heads = [name for name, _ in model.named_children() if name not in (model.base_model_prefix, "dropout")]
         modules = sorted({*(getattr(config, "modules_to_save", None) or ()), *heads, *fresh_poolers(base, model)})
         set_seed(seed)
         model.config.pad_token_id = base.config.pad_token_id  # an adapter's folder records no padding token
-        return self.attach_adapter(model, base, head, config, heads, modules)
+        return _with_float32_adapter(self.attach_adapter(model, base, head, config, heads, modules))
 
     def load(self, adaptation: Adaptation, base: Base, head: Head, *, trainable: bool) -> Any:
         """Load the adapter onto its base, and check that every tensor was loaded."""
         self.check_settings(adaptation, base, head)
-        model, fresh_names = load_with_fresh_head(base, head, seed=0)
+        model, fresh_names = load_with_fresh_head(base, head, seed=0, frozen=not adaptation.changed_base)
         check_head_rows(adaptation, model, base, head)
         adapted, loaded, stored = self.load_adapter(model, adaptation, head, trainable=trainable)
         check_loaded(adaptation, base, head, fresh_names, loaded, stored)
-        return adapted
+        return _with_float32_adapter(adapted) if trainable else adapted
 
     def check_settings(self, adaptation: Adaptation, base: Base, head: Head) -> None:
         """Check that PEFT knows the settings, and that they fit the base and the head.
@@ -182,6 +184,7 @@ class Adapter(Family):
     def graft(self, adaptation: Adaptation, upgrade: Upgrade, *, replace: bool = False) -> GraftedAdaptation:
         """Copy the adapter, and graft the tensors that it stores in place of its base's."""
         _check_pooler(adaptation, upgrade)
+        _check_ties(adaptation, upgrade)
         tensors, config = self.plain_adapter(adaptation, upgrade.old)
         row_match = match_token_rows(adaptation, upgrade)
         grafted, replaced = graft_replacements(adaptation, tensors, upgrade, row_match, replace=replace)
@@ -266,6 +269,16 @@ class Adapter(Family):
         )
 
 
+def _with_float32_adapter(model: Any) -> Any:
+    """Convert trainable parameters to float32, in which they are tuned; their base may be stored in bfloat16."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return model
+
+
 def _models(adaptation: Adaptation, base: Base) -> list[Any]:
     """Build models on the meta device with the heads that the adaptation may be for, if transformers has them."""
     import transformers
@@ -281,7 +294,33 @@ def _models(adaptation: Adaptation, base: Base) -> list[Any]:
 def _head_names(adaptation: Adaptation, base: Base) -> set[str]:
     """Return the names of a model's tensors that its base lacks: the head's, and possibly a pooler's."""
     names = {name for model in _models(adaptation, base) for name in model.state_dict()}
-    return {name for name in names if name.removeprefix(base.prefix + ".") not in base.parameters}
+    return {
+        name
+        for name in names
+        if name.removeprefix(base.prefix + ".") not in base.parameters and name not in base.language_head
+    }
+
+
+def _check_ties(adaptation: Adaptation, upgrade: Upgrade) -> None:
+    """Check that an adapter of a language model that tunes embeddings has the same ties on both bases.
+
+    The change of tied embeddings is a change of the head too, which is lost if the new base has separate tensors.
+    """
+    old, new = upgrade.old, upgrade.new
+    if old.ties_head == new.ties_head or adaptation.config.get("task_type") != "CAUSAL_LM":
+        return
+    embeddings = str(old.architecture.embeddings)
+    module = embeddings.removesuffix(".weight")
+    tuned = [
+        name for name in adaptation.checkpoint if f"{module}." in name or replaced_parameter(name, old) == embeddings
+    ]
+    if tuned:
+        tied, untied = (old, new) if old.ties_head else (new, old)
+        raise MismatchError(
+            f"{adaptation.path}: tunes the embeddings ({tuned[0]}), to which {tied.path} ties its head, but not "
+            f"{untied.path} (tie_word_embeddings in config.json), so the adapter's change of the head has no "
+            "counterpart. Convert it to full on the old base, and untie that first."
+        )
 
 
 def _check_pooler(adaptation: Adaptation, upgrade: Upgrade) -> None:

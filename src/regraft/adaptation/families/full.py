@@ -8,16 +8,17 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation.adaptation import Family, GraftedAdaptation
+from regraft.adaptation.changes import base_tensor
 from regraft.adaptation.compatibility import check_body, check_computation, check_unplaced_tensors, read_tuned_config
 from regraft.adaptation.labels import check_num_outputs
+from regraft.adaptation.model_class import matching_types
 from regraft.adaptation.strict import load_strictly
 from regraft.adaptation.tokens import match_token_rows
 from regraft.adaptation.vector import Vector
 from regraft.base import body_names
 from regraft.checkpoint import DerivedTensors, TensorSpec, shape_of, write_atomic, write_checkpoint
-from regraft.errors import CheckpointError, MismatchError
+from regraft.errors import MismatchError
 from regraft.naming import named_tensors
-from regraft.task.types import task_types
 from regraft.transformers_folder import upgraded_settings
 from regraft.weights import counterparts, delta, graft, graft_rows
 
@@ -48,8 +49,7 @@ class Full(Family):
 
     def matching_task_types(self, config: Mapping[str, Any]) -> list[type[Task]]:
         """Return the task types with the model's transformers class and `problem_type`."""
-        problem_type = _problem_type(config)
-        return [task_type for task_type in _types_of_class(config) if problem_type in task_type.problem_types]
+        return matching_types(config)
 
     def read_config(self, adaptation: Adaptation, *, for_new_adapter: bool = False) -> None:
         """Return None: a full fine-tune has no adapter."""
@@ -174,12 +174,14 @@ class Full(Family):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 inner = name.removeprefix(new.prefix + ".")
-                if inner not in new.parameters or inner not in upgrade.old.parameters:
+                value = base_tensor(name, new)
+                if value is None or base_tensor(name, upgrade.old) is None:
                     continue
                 indices: list[int] | slice = slice(None)
-                if row_match is not None and inner in new.architecture.token_parameters:
+                has_token_rows = inner in new.architecture.token_parameters or inner in new.language_head
+                if row_match is not None and has_token_rows:
                     indices = [row for row in row_match.new_row_indices if row >= 0]
-                parameter[indices] = new.parameters[inner][indices].to(parameter)
+                parameter[indices] = value[indices].to(parameter)
         return model
 
     def rule_tensors(self, tensors: dict[str, torch.Tensor], body: Architecture) -> dict[str, torch.Tensor]:
@@ -241,75 +243,6 @@ class Full(Family):
             else:
                 entries[name] = TensorSpec(entry.dtype, entry.shape, operands, rule, elementwise)
         return DerivedTensors(entries)
-
-
-def check_classifier(folder: Path, config: dict[str, Any]) -> None:
-    """Check that a model belongs to a task type.
-
-    Args:
-        folder: The model's folder, for error messages.
-        config: The content of its `config.json`.
-
-    Raises:
-        CheckpointError: No task type has its class and its `problem_type`, or it is a cross-encoder whose scores are a
-            function of its outputs that transformers does not compute.
-    """
-    _check_activation(folder, config)
-    if Full().matching_task_types(config):
-        return
-    if _types_of_class(config):
-        problem_types = {
-            problem_type for task_type in task_types().values() for problem_type in task_type.problem_types
-        }
-        supported = {str(problem_type) for problem_type in problem_types if problem_type}
-        raise CheckpointError(
-            f"{folder}: was tuned for {_problem_type(config)!r:.100}; supported are {' or '.join(sorted(supported))}. "
-            "Tune it again for one of them."
-        )
-    raise CheckpointError(
-        f"{folder}: is not a sequence classifier (its config.json names {config.get('architectures')}). Use the "
-        "folder of a tuned model."
-    )
-
-
-def _types_of_class(config: Mapping[str, Any]) -> list[type[Task]]:
-    """Return the task types whose transformers class a config names, whatever its `problem_type`."""
-    names = config.get("architectures")
-    if not isinstance(names, list) or not names:
-        return []
-    return [
-        task_type
-        for task_type in task_types().values()
-        if all(task_type.auto_class.removeprefix("AutoModelFor") in str(name) for name in names)
-    ]
-
-
-def _problem_type(config: Mapping[str, Any]) -> Any:
-    """Return the `problem_type` of a config; of a sequence classifier with one output, transformers' default."""
-    problem_type = config.get("problem_type")
-    names = config.get("architectures")
-    is_sequence_classifier = isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
-    if problem_type is None and is_sequence_classifier and _has_one_output(config):
-        return "regression"  # as in transformers' loss of sequence classifiers
-    return problem_type
-
-
-def _has_one_output(config: Mapping[str, Any]) -> bool:
-    names = config.get("id2label")
-    return names.keys() == {"0"} if isinstance(names, dict) else config.get("num_labels") == 1
-
-
-def _check_activation(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a cross-encoder of sentence-transformers that applies a function to its one output."""
-    settings = config.get("sentence_transformers")
-    activation = settings.get("activation_fn") if isinstance(settings, dict) else None
-    activation = str(activation or config.get("sbert_ce_default_activation_function") or "Identity").rpartition(".")[2]
-    if activation != "Identity" and _has_one_output(config):
-        raise CheckpointError(
-            f"{folder}: is a cross-encoder of sentence-transformers whose score is the {activation} of its output, but "
-            "transformers, and so regraft, has the output itself as the prediction. Use a cross-encoder trained with "
-            "activation_fn=torch.nn.Identity(), or a classifier with two outputs."
-        )
 
 
 def _add_transformed(new: torch.Tensor, tuned: torch.Tensor, old: torch.Tensor, name: str, rule: Rule) -> torch.Tensor:

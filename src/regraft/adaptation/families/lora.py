@@ -168,8 +168,8 @@ def _classifier(adaptation: Adaptation, base: Base) -> Architecture:
 
     config = copy.deepcopy(base.config)
     head = stored_head(adaptation, base)
-    config.num_labels = head.num_outputs
-    config.id2label, config.label2id = head.settings["id2label"], head.settings["label2id"]
+    for name, value in head.settings.items():
+        setattr(config, name, value)
     if base.rows_override:
         config.get_text_config().vocab_size = base.rows_override
     auto_class = getattr(transformers, head.type.auto_class)

@@ -133,6 +133,7 @@ class Peft(Adapter):
 
         if not hasattr(model, "merge_adapter") or adaptation.num_virtual_tokens:
             return super().merge(adaptation, model, old, head)
+        model.float()  # a base in bfloat16 would round the sum
         with quiet():
             try:
                 model.merge_adapter(safe_merge=True)
