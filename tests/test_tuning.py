@@ -262,7 +262,9 @@ def test_teacher_runs_each_used_example_once(opened_bases, tuned_outcomes, task_
 
     def compute():
         deployment = Deployment(teacher, base, data, "fp32")
-        outputs = compute_teacher_outputs(deployment, data.train, order, Distillation(), tmp_path)
+        outputs = compute_teacher_outputs(
+            deployment, data.train, order, Distillation(beta=1.0, temperature=5.0), tmp_path
+        )
         return outputs.signal.logits, outputs.hidden
 
     logits, hidden = compute()

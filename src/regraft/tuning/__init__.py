@@ -1,10 +1,11 @@
 """Training: tuning on a task, distillation, and continual pre-training, all on transformers' Trainer."""
 
+from regraft.model.corpus import Corpus
 from regraft.recipe import Recipe
 from regraft.tuning.anchor import Anchoring
-from regraft.tuning.corpus import Corpus
 from regraft.tuning.distill import Distillation, distillation_loss
 from regraft.tuning.interpolate import Interpolation
+from regraft.tuning.on_policy import OnPolicy
 from regraft.tuning.order import plan_order
 from regraft.tuning.pretrain import Replay, pretrain, pretrain_chain
 from regraft.tuning.tracking import tracking
@@ -17,6 +18,7 @@ __all__ = [
     "Corpus",
     "Distillation",
     "Interpolation",
+    "OnPolicy",
     "Recipe",
     "Replay",
     "Teacher",

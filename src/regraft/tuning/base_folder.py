@@ -29,8 +29,8 @@ from regraft.upgrade import with_current_fingerprints
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from regraft.model.corpus import Corpus
     from regraft.recipe import Recipe
-    from regraft.tuning.corpus import Corpus
 
 
 @dataclasses.dataclass(frozen=True)

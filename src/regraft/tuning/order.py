@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING
 
+from regraft.errors import DataError
+
 if TYPE_CHECKING:
+    from regraft.task import Split
     from regraft.task.split import Integers
+    from regraft.task.types import Examples
+
+logger = logging.getLogger(__name__)
 
 GROUPED_BATCHES = 50
 """The most consecutive batches whose examples are sorted by length together; the same limit as in transformers'
@@ -43,4 +50,46 @@ def plan_order(lengths: Integers, batch_size: int, steps: int, seed: int) -> Int
         by_length = indices[np.argsort(-lengths[indices], kind="stable")]
         batches = by_length.reshape(-1, batch_size)
         order[start : start + window] = batches[rng.permutation(len(batches))].reshape(-1)
+    return order
+
+
+def plan_labelled_order(
+    examples: Examples, split: Split, batch_size: int, steps: int, seed: int, max_length: int
+) -> Integers:
+    """Draw the order of a training as `plan_order` does, without the examples that have no row to learn from.
+
+    Args:
+        examples: The tokenised training examples.
+        split: The same examples, for messages.
+        batch_size: Examples per step.
+        steps: Optimiser steps of the training.
+        seed: The seed of the order.
+        max_length: The number of tokens that examples were truncated to, for messages.
+
+    Returns:
+        Example indices, of shape (steps × batch_size,).
+
+    Raises:
+        DataError: No example has a row.
+    """
+    import numpy as np
+
+    if examples.tokens is None:
+        return plan_order(examples.lengths, batch_size, steps, seed)
+    indices = np.flatnonzero([bool(tokens) for tokens in examples.tokens])
+    if not len(indices):
+        raise DataError(
+            f"{split.source}: no training example has a token to learn within {max_length:,} tokens. Raise max_length "
+            "if the base takes more, or use examples with answers."
+        )
+    if len(indices) < len(examples):
+        logger.warning(
+            "%s: %s of %s training examples have nothing to learn within %s tokens, such as a prompt that fills them; "
+            "they are left out. Raise max_length if the base takes more.",
+            split.source,
+            f"{len(examples) - len(indices):,}",
+            f"{len(examples):,}",
+            f"{max_length:,}",
+        )
+    order: Integers = indices[plan_order(examples.lengths[indices], batch_size, steps, seed)]
     return order

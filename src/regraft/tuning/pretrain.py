@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from regraft.base import Base
 from regraft.checkpoint import resumable_folder
 from regraft.errors import RecipeError
+from regraft.model.corpus import Corpus, pack
 from regraft.model.device import device
 from regraft.progress import Progress, silent
 from regraft.recipe import NUM_SEEDS
 from regraft.tuning.base_folder import BaseWriter, check_intermediate_bases, is_complete
-from regraft.tuning.corpus import Corpus, pack
 from regraft.tuning.language import LEARNING_RATE, LanguageModelling, load_language_model
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def pretrain(
         "base": base.fingerprint,
         "corpus": corpus.digest(),
         "block": block_size,
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": recipe.record(),
     }
     if replay:
         inputs["replay"] = {"corpus": replay.corpus.digest(), "share": replay.share}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
@@ -16,12 +17,13 @@ from regraft.adaptation.outcome import versions
 from regraft.checkpoint import is_sealed, seal
 from regraft.errors import RecipeError
 from regraft.model.device import device
+from regraft.model.outputs import unwrap_model, unwrap_parallel
 from regraft.progress import quiet
 from regraft.tuning.best_weights import BestWeights
 from regraft.tuning.tracking import run_name, trackers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
 
@@ -51,6 +53,7 @@ def train(
     stage: str,
     merit: Callable[[float], float] = float,
     after_step: Callable[[int], None] | None = None,
+    score_name: str = "score",
 ) -> Curve:
     """Train a model in place; it ends with its best weights.
 
@@ -69,6 +72,7 @@ def train(
         stage: The name of the training in progress messages.
         merit: Maps a score to a number that is higher for a better score.
         after_step: Called after each step with the number of completed steps.
+        score_name: The name of the score in progress messages.
 
     Returns:
         The learning curve, an entry per evaluation from step 0 on: `step`, `seconds` of training so far, and the
@@ -87,7 +91,8 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=recipe.num_micro_batch_examples,
+        gradient_accumulation_steps=recipe.batch_size // recipe.num_micro_batch_examples,
         learning_rate=recipe.learning_rate,
         warmup_steps=recipe.warmup,  # the Trainer reads a number below 1 as a fraction of the steps
         weight_decay=recipe.weight_decay,
@@ -122,10 +127,10 @@ def train(
         best=best,
         callbacks=callbacks,
     )
-    trainer.add_callback(_CheckpointCallback(trainer, progress, stage, after_step))
+    trainer.add_callback(_CheckpointCallback(trainer, progress, stage, after_step, score_name))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    with quiet():
+    with quiet(), _activation_checkpointing(model, recipe.activation_checkpointing):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     curve = trainer.curve
     num_averaged = best.num_averaged(curve)
@@ -162,6 +167,7 @@ class _Trainer(Trainer):
         self.best = best
         self.model_accepts_loss_kwargs = False  # the objective's loss is a mean over the batch
         self.seconds = 0.0
+        self.num_accumulated_rows = 0  # of the batches whose gradients are summed to one step's
 
     @property
     def curve(self) -> Curve:
@@ -176,8 +182,18 @@ class _Trainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss of a batch."""
-        return self.objective(model, inputs, self.state.global_step)
+        """Compute the loss of a batch, whose weight in an accumulated batch is its share of the rows."""
+        loss = self.objective(model, inputs, self.state.global_step)
+        if self.args.gradient_accumulation_steps == 1:
+            return loss
+        # the Trainer divides by the number of accumulated batches
+        return loss * (self.current_gradient_accumulation_steps * _num_rows(inputs) / self.num_accumulated_rows)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the batches of a step, and count their rows."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self.num_accumulated_rows = sum(map(_num_rows, batches))
+        return batches, num_items
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Compute and log the figures, and update the files of the best and the averaged weights."""
@@ -213,13 +229,22 @@ class _CheckpointCallback(TrainerCallback):
         progress: Called after each step.
         stage: The name of the training in progress messages.
         after_step: Called after each step with the number of completed steps.
+        score_name: The name of the score in progress messages.
     """
 
-    def __init__(self, trainer: _Trainer, progress: Progress, stage: str, after_step: Callable[[int], None] | None):
+    def __init__(
+        self,
+        trainer: _Trainer,
+        progress: Progress,
+        stage: str,
+        after_step: Callable[[int], None] | None,
+        score_name: str,
+    ):
         self.trainer = trainer
         self.progress = progress
         self.stage = stage
         self.after_step = after_step
+        self.score_name = score_name
         self.step_start = 0.0
         self.figures: dict[str, float] = {}
 
@@ -255,8 +280,39 @@ class _CheckpointCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Store the latest loss and score for the next progress message."""
-        shown_names = {"loss": "loss", "eval_score": "score"}
+        shown_names = {"loss": "loss", "eval_score": self.score_name}
         self.figures |= {shown_names[name]: value for name, value in (logs or {}).items() if name in shown_names}
+
+
+def _num_rows(batch: dict[str, torch.Tensor]) -> int:
+    """Return the number of rows that a batch's loss is a mean over, at least 1."""
+    return max(1, len(batch["targets"] if "targets" in batch else next(iter(batch.values()))))
+
+
+@contextlib.contextmanager
+def _activation_checkpointing(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Make a transformers model recompute its activations in the backward pass inside the context, if enabled."""
+    if not enabled:
+        yield
+        return
+    inner = unwrap_model(model)
+    prompt_config = getattr(unwrap_parallel(model), "active_peft_config", None)
+    if prompt_config is not None and prompt_config.peft_type == "PREFIX_TUNING":
+        raise RecipeError(
+            "activation_checkpointing cannot be used with a prefix, which is stored in the cache that the second "
+            "computation would read. Leave it out, and set a smaller micro_batch_size to save memory."
+        )
+    use_cache = inner.config.use_cache
+    # the older name is the only one before transformers 5.20
+    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    disable = getattr(inner, "activation_checkpointing_disable", None) or inner.gradient_checkpointing_disable
+    enable()
+    inner.config.use_cache = False  # a cache would be filled by the first computation, and used by the second
+    try:
+        yield
+    finally:
+        disable()
+        inner.config.use_cache = use_cache
 
 
 def _last_undamaged_checkpoint(checkpoints: Path) -> Path | None:

@@ -11,10 +11,12 @@ from regraft.model.outputs import forward
 from regraft.tuning.anchor import Anchoring, anchored_objective, fisher_information
 from regraft.tuning.distill import Distillation, compute_teacher_outputs, distillation_objective
 from regraft.tuning.interpolate import Interpolation, interpolation_objective
-from regraft.tuning.order import plan_order
+from regraft.tuning.on_policy import OnPolicy, on_policy_batches, on_policy_objective
+from regraft.tuning.order import plan_labelled_order, plan_order
 from regraft.tuning.units import standardise_outputs, standardised_outputs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import torch
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from regraft.base import Base
     from regraft.progress import Progress
     from regraft.recipe import Recipe
-    from regraft.task import TaskData
+    from regraft.task import Task, TaskData
     from regraft.task.split import Integers
     from regraft.task.types import Likelihood, Signal
     from regraft.tuning.trainer import Objective
@@ -49,20 +51,24 @@ class Teacher:
     Args:
         model: The old model.
         base: The old base, for its tokenizer.
-        options: The options of the loss; an `Interpolation` also computes it at points between student and teacher.
+        options: The options of the loss; an `Interpolation` also computes it at points between student and teacher,
+            and `OnPolicy` on answers that the student samples.
         selects_best: Whether the best weights are chosen by their similarity to the teacher on dev. The score on dev is
             then not computed, and dev needs no labels.
+        student_ids: The student's id of each token of the teacher's vocabulary, −1 for none; None if they are equal.
     """
 
     model: nn.Module
     base: Base
-    options: Distillation
+    options: Distillation | OnPolicy
     selects_best: bool = False
+    student_ids: torch.Tensor | None = None
 
 
-def learning_rate(kind: str) -> float:
-    """Return the default learning rate for a kind of adaptation, as in `Adaptation.kind`."""
-    return LEARNING_RATES.get(kind, DEFAULT_ADAPTER_LEARNING_RATE)
+def learning_rate(kind: str, task: Task) -> float:
+    """Return the default learning rate for a kind of adaptation, as in `Adaptation.kind`, on a task."""
+    rates = {**LEARNING_RATES, **task.learning_rates}
+    return rates.get(kind, rates.get("lora", DEFAULT_ADAPTER_LEARNING_RATE))
 
 
 def tune_model(
@@ -94,7 +100,7 @@ def tune_model(
 
     Raises:
         CheckpointError: A token has no embedding in its base.
-        DataError: A tokenizer returns no token for an input.
+        DataError: A tokenizer returns no token for an input, or no example has a row to learn from.
         MismatchError: An output of the teacher is infinite or NaN.
         RecipeError: A loss or a score became infinite or NaN, or a tracker does not exist or is not installed.
     """
@@ -104,17 +110,31 @@ def tune_model(
     steps = recipe.num_steps
     student = Deployment(model, base, data, recipe.precision)
     examples = student.examples(data.train)
-    order = plan_order(examples.lengths, recipe.batch_size, steps, recipe.seed)
+    if teacher and isinstance(teacher.options, OnPolicy):  # learns from answers of its own
+        order = plan_order(examples.lengths, recipe.batch_size, steps, recipe.seed)
+    else:
+        order = plan_labelled_order(
+            examples, data.train, recipe.batch_size, steps, recipe.seed, min(data.max_length, base.max_input_length)
+        )
     objective = label_objective(likelihood)
     teacher_signal: Signal | None = None
-    if teacher:
+
+    def make_labelled_batch(positions: Sequence[int]) -> dict[str, torch.Tensor]:
+        return examples.batch(order[list(positions)].tolist())
+
+    make_batch: Callable[[Sequence[int]], dict[str, torch.Tensor]] = make_labelled_batch
+    if teacher and isinstance(teacher.options, OnPolicy):
+        objective, teacher_signal = _on_policy(teacher, student, recipe, progress)
+        make_batch = on_policy_batches(order)
+    elif teacher:
         objective, teacher_signal = _distillation(teacher, student, order, recipe, work_folder, progress)
 
     def evaluate(current_model: nn.Module) -> dict[str, float]:
         student.model = current_model
         student.clear_outputs()
         if teacher_signal is None:
-            return {"score": student.score(data.dev), "loss": student.loss(data.dev)}
+            loss = student.loss(data.dev)
+            return {"score": loss if data.task.head_in_base else student.score(data.dev), "loss": loss}
         overlap, divergence = student.similarity_to(data.dev, teacher_signal)
         return {"score": overlap, "loss": divergence}
 
@@ -127,14 +147,15 @@ def tune_model(
         return train(
             model,
             range(len(order)),
-            lambda positions: examples.batch(order[positions].tolist()),
+            make_batch,
             objective,
             evaluate,
             recipe,
             work_folder,
             progress,
             stage="tune",
-            merit=data.scoring.merit if teacher_signal is None else float,
+            merit=data.selection.merit if teacher_signal is None else float,
+            score_name="dev loss" if data.task.head_in_base and teacher_signal is None else "score",
         )
 
 
@@ -149,11 +170,12 @@ def _distillation(
     data = student.data
     steps = recipe.num_steps
     options = teacher.options
+    assert isinstance(options, Distillation)
     old = Deployment(teacher.model, teacher.base, data, recipe.precision, progress)
     for split in (data.train, data.dev) if teacher.selects_best else (data.train,):
         check_rows(old.examples(split), student.examples(split), split)
-    outputs = compute_teacher_outputs(old, data.train, order, options, work_folder)
-    dev_signal = old.signal(data.dev) if teacher.selects_best else None
+    outputs = compute_teacher_outputs(old, data.train, order, options, work_folder, teacher.student_ids)
+    dev_signal = old.signal(data.dev, teacher.student_ids) if teacher.selects_best else None
     if isinstance(options, Interpolation):
         standardise_outputs(old.model, teacher.base, data)
         objective = interpolation_objective(outputs, old.model, options, data.likelihood, steps, recipe.seed)
@@ -161,6 +183,16 @@ def _distillation(
         old.model.to("cpu")
         objective = distillation_objective(outputs, options, data.likelihood, steps)
     return objective, dev_signal
+
+
+def _on_policy(teacher: Teacher, student: Deployment, recipe: Recipe, progress: Progress) -> tuple[Objective, Signal]:
+    """Return the on-policy objective, and the teacher's signal on dev, by which the best weights are chosen."""
+    assert isinstance(teacher.options, OnPolicy)
+    old = Deployment(teacher.model, teacher.base, student.data, recipe.precision, progress)
+    check_rows(old.examples(student.data.dev), student.examples(student.data.dev), student.data.dev)
+    signal = old.signal(student.data.dev, teacher.student_ids)
+    old.model.eval()
+    return on_policy_objective(student, old, teacher.options, teacher.student_ids, recipe.seed), signal
 
 
 def label_objective(likelihood: Likelihood) -> Objective:

@@ -91,7 +91,7 @@ def restore_output_units(model: nn.Module, base: Base, data: TaskData) -> None:
     _transform_output_layers(model, base, data, lambda tensor, mean, scale: tensor * scale + mean)
 
 
-def fresh_scaled_model(base: Base, data: TaskData, seed: int) -> Any:
+def fresh_scaled_model(base: Base, data: TaskData, seed: int, *, frozen: bool = False) -> Any:
     """Build a base with a fresh head whose outputs begin where the task type says, in the units of the targets.
 
     Args:
@@ -99,15 +99,16 @@ def fresh_scaled_model(base: Base, data: TaskData, seed: int) -> Any:
         data: The task's data. If its type neither scales its targets nor has `initial_outputs`, the head is as
             `fresh_model` builds it.
         seed: The seed of the head's initialisation.
+        frozen: Whether the base will not be trained, as in `fresh_model`.
 
     Returns:
-        The model, in float32 on the CPU.
+        The model, in float32 (see `frozen`) on the CPU.
 
     Raises:
         CheckpointError: A tensor of the base is missing, unexpected or misshapen.
         MismatchError: The head has no bias, and the mean of the targets is too far from 0 to be learnt without.
     """
-    model = fresh_model(base, data.head, seed)
+    model = fresh_model(base, data.head, seed, frozen=frozen)
     initial_outputs = data.task.initial_outputs(data.train.targets) if data.labelled else None
     if initial_outputs is not None:
         _set_biases(model, base, data, initial_outputs)
