@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from helpers import read_weights, write_adaptation
+from helpers import make_task, read_weights, write_adaptation
 
 from regraft import Distillation, Recipe, Upgrade, recycle
 from regraft.errors import OutcomeError, RecipeError
@@ -19,8 +19,16 @@ RECIPE = Recipe(steps=2, batch_size=8, learning_rate=1e-3, precision="fp32")
 OPTIONS_OF_0_1 = {  # the options that outcomes record
     "init": None,
     "ridge+init": dataclasses.asdict(Ridge()),
-    "ridge+distill": dataclasses.asdict(Distillation()),
+    "ridge+distill": {
+        "alpha": 0.7,
+        "beta": 1.0,
+        "temperature": 5.0,
+        "kl_reduction": "batchmean",
+        "flip_weight": 0.0,
+        "decay": "none",
+    },
 }
+CLASSIFICATION = make_task("train.csv")
 
 
 def expand_formula(name: str) -> str:
@@ -43,7 +51,7 @@ def test_named_methods_are_starts_and_objectives():
     for name in (f"{start}+{objective}" for start in parts(Start) for objective in parts(Objective)):
         assert expand_formula(name) == name
         assert "training" in find_method(name).needs()
-    assert len(methods()) == 18
+    assert len(methods()) == 20
 
 
 @pytest.mark.parametrize(
@@ -72,10 +80,13 @@ def test_options_belong_to_a_start_or_an_objective():
     assert all_options == (Ridge(ridge=0.1, texts=8), Distillation(alpha=0.9))
     assert parse_options("init+distill", ["distill.alpha=0.9"]) == Distillation(alpha=0.9)
     for name, options in OPTIONS_OF_0_1.items():
-        assert find_method(name).record() == options
-    recorded = {**dataclasses.asdict(Distillation(alpha=0.9)), "ridge.ridge": 0.1, "ridge.texts": 8}
-    assert find_method("ridge+distill").record(all_options) == recorded
-    assert find_method("ridge+distill").record(all_options[1]) == dataclasses.asdict(all_options[1])
+        method = find_method(name)
+        assert method.record(method.for_task(None, CLASSIFICATION)) == options
+    distilled = find_method("ridge+distill")
+    recorded = {**OPTIONS_OF_0_1["ridge+distill"], "alpha": 0.9, "ridge.ridge": 0.1, "ridge.texts": 8}
+    assert distilled.record(distilled.for_task(all_options, CLASSIFICATION)) == recorded
+    reverse = distilled.for_task(Distillation(divergence="reverse"), CLASSIFICATION)
+    assert distilled.record(reverse) == {**OPTIONS_OF_0_1["ridge+distill"], "divergence": "reverse"}
     assert parse_options("ridge", ["texts=8.0"]) == Ridge(texts=8)
 
 
@@ -127,7 +138,7 @@ def test_a_start_and_an_objective_are_run_with_their_options(tmp_path, opened_ba
     tuned = recycle(upgrade, source, task_file, "masked+distill", tmp_path / "out", recipe=RECIPE, options=options)
     record = tuned.record
     assert record.method == "masked+distill"
-    assert record.inputs["options"] == {**dataclasses.asdict(distillation), "masked.labels": 3}
+    assert record.inputs["options"] == {**OPTIONS_OF_0_1["ridge+distill"], "alpha": 0.9, "masked.labels": 3}
     assert 16 <= record.cost.labels <= 16 + 6  # two batches of 8, and three examples per class
     start = recycle(upgrade, source, task_file, "masked", tmp_path / "start", recipe=RECIPE, options=masking)
     assert start.record.cost.labels == 6
@@ -188,7 +199,7 @@ def test_methods_of_other_packages_are_listed_and_run(tmp_path, opened_bases, ta
     install_package("other", "halved = other_code:HALVED\nlonger = other_code:LONGER")
     assert expand_formula("ridge+distill") == "ridge+distill"
     assert "other_code" not in sys.modules  # imported only when it is looked up
-    assert list(methods())[18:] == ["halved", "longer"]
+    assert list(methods())[20:] == ["halved", "longer"]
     assert expand_formula("longer") == "direct+longer"
     assert expand_formula("halved+distill") == "halved+distill"
     upgrade = Upgrade(*opened_bases["bert"])

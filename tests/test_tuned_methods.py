@@ -234,7 +234,13 @@ def test_flip_weights_do_not_change_the_loss_of_true_labels():
     hidden = torch.zeros(6, 1, 1)
     unweighted, weighted = (
         compute_distillation_loss(
-            distillation_loss, logits, labels, teacher_logits, hidden, hidden, Distillation(0.0, 0.0, flip_weight=w)
+            distillation_loss,
+            logits,
+            labels,
+            teacher_logits,
+            hidden,
+            hidden,
+            Distillation(0.0, 0.0, 5.0, flip_weight=w),
         )
         for w in (0.0, 3.0)
     )
@@ -250,12 +256,12 @@ def test_fade_factors_decrease_from_1_to_0(steps, schedule):
 
 
 def test_the_weight_of_the_teacher_fades():
-    options = Distillation(alpha=0.8, beta=2.0, decay="linear")
+    options = Distillation(alpha=0.8, beta=2.0, temperature=5.0, decay="linear")
     assert options.apply_decay(0, 10) == options
     halfway = options.apply_decay(5, 10)
     assert (halfway.alpha, halfway.beta) == (pytest.approx(0.4), pytest.approx(1.0))
     assert halfway.temperature == options.temperature
-    constant = Distillation(alpha=0.8, beta=2.0)
+    constant = Distillation(alpha=0.8, beta=2.0, temperature=5.0)
     assert constant.apply_decay(9, 10) == constant
 
 
@@ -358,7 +364,7 @@ def test_interpolation_is_the_mean_over_models_between_teacher_and_student(
 
     student_weights = {name: p.detach().clone() for name, p in student.named_parameters()}
     teacher_weights = detached_parameters(teacher)
-    label_term = distillation_objective(teacher_outputs, Distillation(0.0, 0.0), CATEGORICAL, 10)
+    label_term = distillation_objective(teacher_outputs, Distillation(0.0, 0.0, 5.0), CATEGORICAL, 10)
     teacher_term = distillation_objective(teacher_outputs, Distillation(1.0, 2.0 / 0.6, 3.0), CATEGORICAL, 10)
     label_loss = 0.4 * label_term(student, batch(), 0)
     expected_gradients = list(compute_gradients(student, label_loss))
@@ -382,7 +388,7 @@ def test_interpolation_is_the_mean_over_models_between_teacher_and_student(
 
 
 def test_the_interpolation_loss_vanishes_at_the_teacher(make_student_and_teacher):
-    options = Interpolation(alpha=1.0, beta=1.0, points=(0.0,))
+    options = Interpolation(alpha=1.0, beta=1.0, temperature=5.0, points=(0.0,))
     student, teacher, teacher_outputs, batch = make_student_and_teacher("bert", "full", options)
     teacher_weights = detached_parameters(teacher)
     blended = blend(student, teacher_weights, 0)

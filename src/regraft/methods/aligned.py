@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from regraft.adaptation.adaptation import Family
     from regraft.base import Base
     from regraft.methods.job import Job
+    from regraft.weights import RowMatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ def graft_aligned(job: Job, options: Alignment) -> nn.Module:
         BlockwiseForward(fresh_model(base, head, 0), examples, job.recipe.precision)
         for base, examples in zip((upgrade.old, upgrade.new), encode_aligned(upgrade, job.data, texts), strict=True)
     ]
-    rotated_model = _RotatedModel(grafted, tuned, upgrade.old, job.adaptation.family)
+    rotated_model = _RotatedModel(grafted, tuned, upgrade.old, job.adaptation.family, job.row_match)
     rotations = _Rotations(options.shrink)
     unmatched_tables = () if job.row_match is None else upgrade.old.architecture.token_parameters
     table_moments = compute_table_moments(forwards, unmatched_tables)
@@ -100,7 +101,8 @@ def graft_aligned(job: Job, options: Alignment) -> nn.Module:
                 rotated_model.rotate_head(name, input_rotation)
                 is_head_rotated = True
             else:
-                rotated_model.rotate(name, input_rotation, rotations(output_moment))
+                output_rotation = None if output_moment is None else rotations(output_moment)
+                rotated_model.rotate(name, input_rotation, output_rotation)
         rotations.clear()
         job.progress("align", part + 1, forwards[0].num_parts, {})
     unrotated_names = rotated_model.list_unrotated()
@@ -159,19 +161,31 @@ class _RotatedModel:
         tuned: The old model.
         old: The old base, for the deltas of tensors that are tuned directly.
         family: The family of the adaptation, which knows the tensors that are tuned directly.
+        row_match: How the rows of the vocabularies match; None if they are the same.
 
     Attributes:
         rotated_names: The names of the rotated modules, without heads.
     """
 
-    def __init__(self, grafted: nn.Module, tuned: nn.Module, old: Base, family: Family):
+    def __init__(
+        self, grafted: nn.Module, tuned: nn.Module, old: Base, family: Family, row_match: RowMatch | None = None
+    ):
+        from regraft.adaptation.changes import embedding_weights, is_linear_map
+
+        embeddings = embedding_weights(grafted)
         modules = [(name, module) for name, module in grafted.named_modules() if "original_module" not in name]
         self.modules = {_plain_name(name): module for name, module in modules}
         self.tuned = {
             _plain_name(name): weight for name, weight in tuned.named_parameters() if "original_module" not in name
         }
         self.old = old
-        self.fully_tuned = {_plain_name(name) for name, _ in modules if family.tunes_module_weight(name, old)}
+        self.row_match = row_match
+        self.fully_tuned = {
+            _plain_name(name)
+            for name, module in modules
+            if family.tunes_module_weight(name, old)
+            and not (is_linear_map(module) and id(module.weight) in embeddings)  # a tied head, rotated with them
+        }
         self.rotated_names: set[str] = set()
 
     def is_head(self, name: str) -> bool:
@@ -190,13 +204,13 @@ class _RotatedModel:
         weight = self.modules[name].weight
         _replace_delta(weight, weight, input_rotation, None)
 
-    def rotate(self, name: str, input_rotation: torch.Tensor | None, output_rotation: torch.Tensor) -> None:
+    def rotate(self, name: str, input_rotation: torch.Tensor | None, output_rotation: torch.Tensor | None) -> None:
         """Rotate the delta of a module of the body.
 
         Args:
             name: The module's name in a model without an adapter.
             input_rotation: R, the rotation of a linear layer's inputs; None for other modules.
-            output_rotation: S, the rotation of the outputs.
+            output_rotation: S, the rotation of the outputs; None for a language model's head.
         """
         module = self.modules[name]
         if self._is_changed(name, module):
@@ -224,17 +238,21 @@ class _RotatedModel:
         ]
 
     def _rotate_parameters(
-        self, name: str, module: nn.Module, input_rotation: torch.Tensor | None, output_rotation: torch.Tensor
+        self,
+        name: str,
+        module: nn.Module,
+        input_rotation: torch.Tensor | None,
+        output_rotation: torch.Tensor | None,
     ) -> None:
         """Rotate the delta of each parameter of a module that is tuned directly."""
         from torch import nn
 
-        from regraft.adaptation.changes import base_tensor, is_transposed
+        from regraft.adaptation.changes import is_transposed, parameter_delta
 
         for parameter_name, weight in module.named_parameters(recurse=False):
             tuned = self.tuned[f"{name}.{parameter_name}"]
-            base = base_tensor(f"{name}.{parameter_name}", self.old)
-            delta = tuned - (0 if base is None else base.to(tuned))
+            delta = parameter_delta(f"{name}.{parameter_name}", tuned, self.old, self.row_match)
+            delta = tuned if delta is None else delta
             if isinstance(module, nn.Embedding):
                 _replace_delta(weight, delta, output_rotation, None)
             elif weight.dim() == 2 and is_transposed(module):
@@ -242,7 +260,8 @@ class _RotatedModel:
             elif weight.dim() == 2:
                 _replace_delta(weight, delta, input_rotation, output_rotation)
             elif parameter_name == "weight":  # the diagonal of S·diag(g)·Sᵀ is S²·g, with the squares taken by entry
-                _replace_delta(weight, delta[:, None], None, output_rotation.square())
+                squares = None if output_rotation is None else output_rotation.square()
+                _replace_delta(weight, delta[:, None], None, squares)
             else:
                 _replace_delta(weight, delta[:, None], None, output_rotation)
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
+from regraft.adaptation.outcome_record import ANSWER_LOSS
 from regraft.checkpoint import is_sealed, seal, write_json
 from regraft.errors import KindError, RecipeError
 from regraft.methods.method import Method, Part
@@ -34,7 +35,8 @@ class Auto:
 
     Args:
         tolerance: How much worse than the target the score may be: 0.01 is one point, or for a metric whose best score
-            is not 1, a hundredth of the distance from chance to the old deployment's score.
+            is not 1, a hundredth of the distance from chance to the old deployment's score; for the loss of a language
+            model it is in nats. None for 0.01, or 0.02 nats.
         target: A dev score to reach; None for the old deployment's, made stricter if the new base is better at the
             task.
         confidence: The confidence that no more than the tolerance is lost, by the paired bootstrap over dev.
@@ -51,7 +53,7 @@ class Auto:
             increasing shares above 0 and up to 1.
     """
 
-    tolerance: float = 0.01  # higher accepts a cheaper stage that may be worse
+    tolerance: float | None = None  # higher accepts a cheaper stage that may be worse
     target: float | None = None
     confidence: float = 0.9  # higher accepts a stage by mistake less often, and tunes for longer
     labels: bool = True
@@ -61,7 +63,7 @@ class Auto:
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range, stages that do not start with `direct`, and a target without labels."""
-        if not (0 <= self.tolerance < math.inf and 0.5 <= self.confidence < 1):
+        if not (0 <= (self.tolerance or 0) < math.inf and 0.5 <= self.confidence < 1):
             raise RecipeError(
                 f"tolerance must be a number from 0 up (found {self.tolerance}), confidence from 0.5 to below 1 "
                 f"({self.confidence})."
@@ -118,6 +120,8 @@ def find_cheapest(job: Job, options: Auto) -> Curve:
         job.notes["passed_over"] = passed_over
     if not options.labels:
         job.notes["labels"] = 0
+        if job.data.task.head_in_base:
+            job.notes["score"] = ANSWER_LOSS
         job.notes["cannot_know"] = (
             "without labels, scores here are agreement with the old model: whether it is right where the two differ, "
             "and what the new base could do better, cannot be known"

@@ -7,13 +7,15 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import Adaptation, Outcome, load_adaptation, load_model
+from regraft.adaptation import Adaptation, Outcome, load_adaptation
 from regraft.checkpoint import check_output_path, write_json
 from regraft.errors import RecipeError
-from regraft.methods.comparison import COMPARISON_FILE, Comparison, Row
+from regraft.methods.comparison import COMPARISON_FILE, Comparison, KeepScores, Row
 from regraft.methods.recycle import recycle
+from regraft.methods.references import measure_references
 from regraft.methods.registry import find_method
-from regraft.model import Deployment, match_labels
+from regraft.model import match_labels
+from regraft.model.keep import keep_metric
 from regraft.progress import Progress, silent
 from regraft.recipe import Recipe
 from regraft.task import count_flips, deviation, find_metric, load_data, recovery
@@ -21,6 +23,7 @@ from regraft.task import count_flips, deviation, find_metric, load_data, recover
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from regraft.methods.references import References
     from regraft.task import Task, TaskData
     from regraft.upgrade import Upgrade
 
@@ -35,6 +38,7 @@ def compare(
     recipe: Recipe | None = None,
     seeds: Sequence[int] = (Recipe.seed,),
     options: Mapping[str, Any] | None = None,
+    served_base: str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Comparison:
@@ -49,6 +53,7 @@ def compare(
         recipe: The recipe for training, the same for all methods.
         seeds: The seeds, in place of the recipe's; each method runs once per seed.
         options: The options of each method, by the method's name; a method without an entry uses its defaults.
+        served_base: The path or hub id by which a server will name the new base; see `recycle`.
         force: Whether to accept an old base whose fingerprint differs from the recorded one.
         progress: Called at each step.
 
@@ -74,16 +79,16 @@ def compare(
     adaptation.check_base(upgrade.old, force=force)
     rows: dict[str, list[Row]] = {name: [] for name in names}
     outcome_paths: list[str] = []
-    old_scores: list[float] = []
+    references: list[References] = []
     chance_scores: list[float] = []
+    lm_eval: dict[str, dict[str, dict[str, float]]] = {}
     for seed in seeds:
         data = load_data(task, seed).with_virtual_tokens(adaptation.num_virtual_tokens, upgrade.new.max_input_length)
+        data.require_labels("method scratch")
         data = match_labels(adaptation, data)
         split = data.test or data.dev
-        precision = recipe.resolve_precision()
-        deployment = Deployment(load_model(adaptation, upgrade.old, data.head), upgrade.old, data, precision, progress)
-        old_scores.append(deployment.score(split))
-        old_right = deployment.right(split)
+        seed_references = measure_references(upgrade, adaptation, data, recipe.resolve_precision(), out, progress)
+        references.append(seed_references)
         outcomes: dict[str, Outcome] = {}
         for name in names:
             outcomes[name] = recycle(
@@ -94,20 +99,30 @@ def compare(
                 out / f"{name.replace('+', '-')}-seed{seed}",
                 recipe=recipes[seed],
                 options=(options or {}).get(name),
+                served_base=served_base,
                 force=force,
                 progress=_prefix_stages(progress, name),
             )
-            rows[name].append(_row(outcomes[name], outcomes["scratch"], split.name, old_right))
+            if name == "scratch":
+                chance_scores.append(_chance_score(outcomes[name], seed_references, split.name))
+            rows[name].append(
+                _row(outcomes[name], outcomes["scratch"], split.name, chance_scores[-1], seed_references.old.right)
+            )
             outcome_paths.append(str(outcomes[name].path))
-        chance_scores.append(_chance_score(outcomes["scratch"], split.name))
+        if seed == seeds[0]:
+            lm_eval = _harness_scores(seed_references, outcomes)
     comparison = Comparison(
         task=data.name,
         metric=data.metric,
         split=split.name,
-        old=statistics.fmean(old_scores),
+        old=_mean_score([seed_references.old.score for seed_references in references]),
         majority=statistics.fmean(chance_scores),
         rows=tuple(_mean(method_rows) for method_rows in rows.values()),
         outcomes=tuple(outcome_paths),
+        type=data.task.type,
+        selection=None if data.selection.name == data.metric else data.selection.name,
+        keep=_keep_scores(data.task, references),
+        lm_eval=lm_eval,
     )
     write_json(out / COMPARISON_FILE, dataclasses.asdict(comparison), indent=2)
     return comparison
@@ -122,32 +137,56 @@ def _prefix_stages(progress: Progress, method: str) -> Progress:
     return report
 
 
-def _chance_score(scratch: Outcome, split: str) -> float:
-    """Return the chance score on a split."""
-    chance = scratch.record.scores.majority(split)
+def _chance_score(scratch: Outcome, references: References, split: str) -> float:
+    """Return the chance score on a split: the bare new base's where it answers in place of guessing."""
+    chance = references.new_base.score if references.new_base else scratch.record.scores.majority(split)
     assert chance is not None  # scratch requires labels, so the task has them and a chance score
     return chance
 
 
-def _row(outcome: Outcome, scratch: Outcome, split: str, old_right: Sequence[bool]) -> Row:
+def _mean_score(scores: Sequence[float | None]) -> float:
+    return statistics.fmean(score for score in scores if score is not None)
+
+
+def _keep_scores(task: Task, references: Sequence[References]) -> KeepScores | None:
+    """Average the references' scores on what the task names in `keep` over seeds; None without."""
+    metric = keep_metric(task)
+    if metric is None:
+        return None
+    return KeepScores(
+        metric=metric.name,
+        old_base=_mean_score([seed.old_base.keep for seed in references if seed.old_base]),
+        new_base=_mean_score([seed.new_base.keep for seed in references if seed.new_base]),
+        old=_mean_score([seed.old.keep for seed in references]),
+    )
+
+
+def _harness_scores(references: References, outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the scores by lm-evaluation-harness of the old deployment and of outcomes, by the method's name."""
+    scores = {method: outcome.record.notes.get("lm_eval", {}) for method, outcome in outcomes.items()}
+    return {"old deployment": references.old.lm_eval, **scores} if references.old.lm_eval else {}
+
+
+def _row(outcome: Outcome, scratch: Outcome, split: str, chance: float, old_right: Sequence[bool | None]) -> Row:
     """Compute the results of one outcome on a split, relative to scratch with the same seed."""
     record = outcome.record
     curve = outcome.curve
     start = record.scores.dev_at_start
     dev = record.scores.dev
     score = record.scores.of(split)
-    chance = _chance_score(scratch, split)
     reference = scratch.record.scores.of(split)
     # scratch requires labels, so the task has them and no score is missing
     assert dev is not None and score is not None and reference is not None
-    metric = find_metric(record.task.metric)
+    curve_metric = find_metric(record.task.curve_metric)
     first_point = None
     if record.curve_is_agreement:
         start = None
+        dev = dev if record.task.selection is None else None
     else:
-        dev = max((point["score"] for point in curve), key=metric.merit)
+        dev = max((point["score"] for point in curve), key=curve_metric.merit)
         target = scratch.curve[-1]["score"]
-        first_point = next((point for point in curve if metric.gain(point["score"], target) >= 0), None)
+        first_point = next((point for point in curve if curve_metric.gain(point["score"], target) >= 0), None)
+    right = outcome.right(split)
     return Row(
         method=record.method,
         seeds=(record.seed,),
@@ -155,13 +194,14 @@ def _row(outcome: Outcome, scratch: Outcome, split: str, old_right: Sequence[boo
         dev=dev,
         test=score,
         test_deviation=None,
-        recovery=recovery(score, chance, reference, metric),
+        recovery=recovery(score, chance, reference, find_metric(record.task.metric)),
         steps_to_scratch=first_point["step"] if first_point else None,
         seconds_to_scratch=first_point["seconds"] if first_point else None,
-        negative_flips=count_flips(old_right, outcome.right(split)).negative_rate,
+        negative_flips=None if None in (*old_right, *right) else count_flips(old_right, right).negative_rate,
         labels=record.cost.labels,
         steps=record.cost.steps,
         seconds=record.cost.seconds,
+        keep=record.notes.get("keep", {}).get("score"),
     )
 
 

@@ -11,11 +11,13 @@ from regraft.adaptation import (
     extract_lora,
     load_adaptation,
     load_model,
+    set_served_base,
     stored_head,
     write_adapter,
     write_graft,
     write_lineage,
     write_tokenizer,
+    write_uniform,
 )
 from regraft.adaptation.tokens import match_token_rows, with_adaptation_tokens
 from regraft.base import Base
@@ -74,6 +76,7 @@ def convert(
     rank: int | None = None,
     energy: float | None = None,
     task: Task | TaskData | str | Path | None = None,
+    served_base: str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Conversion:
@@ -91,6 +94,7 @@ def convert(
         rank: For `lora`: the rank of every layer.
         energy: For `lora`, in place of a rank: the share of each delta's squared norm to preserve, 0–1.
         task: For `lora`: the task on whose texts layers' inputs are measured, to preserve outputs rather than weights.
+        served_base: For `lora`: the path or hub id by which a server will name the base; None for the base's name.
         force: Whether to accept an old base whose fingerprint differs from the recorded one.
         progress: Called at each layer.
 
@@ -111,7 +115,7 @@ def convert(
     upgrade = Upgrade(old, new if new is not None else old)
     out = Path(out)
     keeps_kind = kind == adaptation.kind and (adaptation.family.tunes_base or (rank is None and energy is None))
-    has_lora_options = rank is not None or energy is not None or task is not None
+    has_lora_options = any(option is not None for option in (rank, energy, task, served_base))
     _check_kind(adaptation, kind, keeps_kind=keeps_kind, has_lora_options=has_lora_options)
     data = None if task is None else load_data(task, 0)
     provenance = {
@@ -125,6 +129,7 @@ def convert(
         "old": old.fingerprint,
         "new": upgrade.new.fingerprint if new is not None else None,
         "task": None if data is None else data.digest(),
+        **({} if served_base is None else {"served_base": served_base}),
     }
     if is_up_to_date(out, provenance, lambda record: with_current_fingerprints(record, (upgrade.old, upgrade.new))):
         results = read_results(out)
@@ -158,6 +163,10 @@ def convert(
                 write_graft(full, upgrade, staging, progress)
             else:
                 staging = full.path
+        if served_base is not None:
+            set_served_base(staging, served_base)
+        if head.type.uniform_loras:
+            write_uniform(staging)
         write_tokenizer(target, staging)
         write_lineage(staging, target, adaptation.labels, adaptation.task_type)
         check_finite(load_adaptation(staging).checkpoint)
@@ -180,7 +189,7 @@ def _check_kind(adaptation: Adaptation, kind: str, *, keeps_kind: bool, has_lora
     if keeps_kind and not adaptation.changed_base:
         raise RecipeError(f"{adaptation.path} is of kind {kind} already. To put it on a new base, recycle it (direct).")
     if kind == "full" and has_lora_options:
-        raise RecipeError("rank, energy and a task apply to a LoRA only: leave them out.")
+        raise RecipeError("rank, energy, a task and served_base apply to a LoRA only: leave them out.")
 
 
 def _materialise(adaptation: Adaptation, old: Base, head: Head, folder: Path) -> tuple[Adaptation, Any]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def measure_cross_moments(
     forwards: Sequence[BlockwiseForward], table_moments: Mapping[str, torch.Tensor]
-) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
+) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
     """Run the next part of both bases, and return moments of linear layers, norms and embeddings.
 
     A moment is the sum of x_n·x_oᵀ over tokens, where x_o and x_n are the inputs, or the outputs, of the same module in
@@ -29,7 +29,7 @@ def measure_cross_moments(
 
     Returns:
         By the module's name, in the order of execution after all embeddings: the moment of the inputs, None except for
-        linear layers; and the moment of the outputs.
+        linear layers; and the moment of the outputs, None for a language model's head, whose outputs are tokens.
     """
     old, new = forwards
     old_modules, new_modules = (
@@ -39,7 +39,7 @@ def measure_cross_moments(
     old_rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     input_moments: dict[str, torch.Tensor] = {}
     # the first part gets the moments of all tables, since some models read a table without calling its module
-    output_moments = dict(table_moments) if new.part == 0 else {}
+    output_moments: dict[str, torch.Tensor | None] = dict(table_moments) if new.part == 0 else {}
 
     def store_old_rows(name: str, _batch_index: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         old_rows[name] = inputs, outputs
@@ -47,12 +47,13 @@ def measure_cross_moments(
     def add_moments(name: str, _batch_index: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         old_inputs, old_outputs = old_rows[name]
         if _is_linear(modules[name]):
-            input_moments[name] = input_moments.get(name, 0) + inputs.T @ old_inputs
-            output_moments[name] = output_moments.get(name, 0) + outputs.T @ old_outputs
+            input_moments[name] = _add(input_moments.get(name), inputs.T @ old_inputs)
+            has_outputs = outputs.shape[1] > 0
+            output_moments[name] = _add(output_moments.get(name), outputs.T @ old_outputs) if has_outputs else None
             return
         width = next(modules[name].parameters(recurse=False)).numel()
         if inputs.shape[1] == outputs.shape[1] == width:  # otherwise an attention module that owns vectors
-            output_moments[name] = output_moments.get(name, 0) + inputs.T @ old_inputs
+            output_moments[name] = _add(output_moments.get(name), inputs.T @ old_inputs)
 
     for batch_index in range(len(old.batches)):
         old.run_batch(batch_index, old_modules, store_old_rows, keep_outputs=True)
@@ -99,24 +100,29 @@ def compute_table_moments(forwards: Sequence[BlockwiseForward], excluded: Collec
 
 
 def _pair_moments(
-    input_moments: Mapping[str, torch.Tensor], output_moments: dict[str, torch.Tensor]
-) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
+    input_moments: Mapping[str, torch.Tensor], output_moments: dict[str, torch.Tensor | None]
+) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
     """Pair the moments of each module's inputs and outputs, and replace output moments of too low a rank.
 
     The output of a linear layer that is wider than its input does not determine a rotation. Such an output gets the
     moment of the next linear layer's input that is as wide, if there is one.
     """
-    pairs: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
+    pairs: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
     next_inputs: dict[int, torch.Tensor] = {}  # the moment of the next linear layer's input, by width
     for name, output_moment in reversed(output_moments.items()):
         input_moment = input_moments.get(name)
         if input_moment is None:
             pairs[name] = None, output_moment
             continue
-        is_widening = len(output_moment) > len(input_moment)
-        pairs[name] = input_moment, next_inputs.get(len(output_moment), output_moment) if is_widening else output_moment
+        if output_moment is not None and len(output_moment) > len(input_moment):
+            output_moment = next_inputs.get(len(output_moment), output_moment)
+        pairs[name] = input_moment, output_moment
         next_inputs[len(input_moment)] = input_moment
     return dict(reversed(pairs.items()))
+
+
+def _add(total: torch.Tensor | None, moment: torch.Tensor) -> torch.Tensor:
+    return moment if total is None else total + moment
 
 
 def _is_linear(module: nn.Module) -> bool:

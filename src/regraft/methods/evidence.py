@@ -97,4 +97,6 @@ def sample_evidence(job: Job, examples_per_stratum: int, min_confidence: float =
     old_examples = old.examples(split)
     check_rows(old_examples, encode(job.upgrade.new, data, split), split)
     rows = old_examples.rows(confident.tolist())
-    return Evidence(split.take(confident), data.likelihood, old.signal(split).take(rows, old.outputs(split)))
+    return Evidence(
+        split.take(confident), data.likelihood, old.signal(split, job.student_ids()).take(rows, old.outputs(split))
+    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.adaptation import (
     change_head,
     initial_factors,
+    keeps_base,
     load_adaptation,
     load_model,
     prepare_for_tuning,
@@ -16,20 +17,21 @@ from regraft.adaptation import (
 )
 from regraft.adaptation.transform import write_transform
 from regraft.model import Deployment
-from regraft.tuning import Teacher, fresh_scaled_model, tune_model
+from regraft.tuning import Distillation, Teacher, fresh_scaled_model, tune_model
 from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    import torch
     from torch import nn
 
     from regraft.adaptation import Adaptation, HeadPolicy
     from regraft.adaptation.adaptation import Rule
     from regraft.progress import Progress
     from regraft.task import TaskData
-    from regraft.tuning import Anchoring, Distillation, Recipe
+    from regraft.tuning import Anchoring, OnPolicy, Recipe
     from regraft.weights import RowMatch
 
 
@@ -78,7 +80,7 @@ class Job:
         head = self.data.head
         seed = self.recipe.seed
         config = self.adaptation.family.read_config(self.adaptation, for_new_adapter=True)
-        model = fresh_scaled_model(base, self.data, seed)
+        model = fresh_scaled_model(base, self.data, seed, frozen=keeps_base(config))
         return prepare_for_tuning(model, base, head, config, seed)
 
     def graft(self) -> None:
@@ -179,6 +181,19 @@ class Job:
             adaptation = load_adaptation(folder)
         return load_model(adaptation, old, self.data.head)
 
+    def student_ids(self) -> torch.Tensor | None:
+        """Return the new id of each token of the old model's vocabulary, −1 for none; None if all ids are the same."""
+        import torch
+
+        match = self.row_match
+        if match is None or not self.data.task.head_in_base:
+            return None
+        ids = torch.full((match.num_tuned_rows,), -1, dtype=torch.long)
+        for new_id, old_id in enumerate(match.tuned_row_indices):
+            if old_id >= 0:
+                ids[old_id] = new_id
+        return ids
+
     def save(self, model: nn.Module) -> None:
         """Write a model's adaptation to the output folder.
 
@@ -190,7 +205,7 @@ class Job:
     def tune(
         self,
         model: nn.Module,
-        options: Distillation | None = None,
+        options: Distillation | OnPolicy | None = None,
         anchor: Anchoring | None = None,
         *,
         teacher_selects_best: bool = False,
@@ -212,7 +227,10 @@ class Job:
             RecipeError: A loss or a score became infinite or NaN.
         """
         initial = initial_factors(model)
-        teacher = Teacher(self.teacher(), self.upgrade.old, options, teacher_selects_best) if options else None
+        teacher = None
+        if options:
+            options = options.for_task(self.data.task) if isinstance(options, Distillation) else options
+            teacher = Teacher(self.teacher(), self.upgrade.old, options, teacher_selects_best, self.student_ids())
         curve = tune_model(
             model, self.upgrade.new, self.data, self.recipe, self.work_folder, self.progress, teacher, anchor
         )

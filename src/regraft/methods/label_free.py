@@ -9,6 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import DataError, RecipeError
+from regraft.methods.answers import answered_data
 from regraft.methods.method import OLD_HEAD_ONLY, Objective
 from regraft.tuning.distill import Distillation
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from regraft.methods.job import Job
     from regraft.methods.method import Curve
-    from regraft.task import Split, TaskData
+    from regraft.task import Split, Task, TaskData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,9 @@ class LabelFree:
     """Options of `label-free`: the loss against the teacher, and the texts.
 
     Args:
-        beta: The weight of the mean squared error of hidden states; 0 for none.
-        temperature: The temperature that softens both models' outputs, above 0 and up to 10,000.
+        beta: The weight of the mean squared error of hidden states, by default as in `distill`; 0 for none.
+        temperature: The temperature that softens both models' outputs, above 0 and up to 10,000; by default as in
+            `distill`.
         text: A text file (one text per line) or JSONL file (column `text`) to learn from in place of the task's
             training texts; the number of steps stays the same.
 
@@ -34,14 +36,23 @@ class LabelFree:
         RecipeError: `beta` is negative, or `temperature` is not above 0.
     """
 
-    beta: float = Distillation.beta
-    temperature: float = Distillation.temperature
+    beta: float | None = None
+    temperature: float | None = None
     text: str = ""
 
     def __post_init__(self) -> None:
         """Refuse a negative beta, and a temperature that is not above 0."""
-        if self.beta < 0 or self.temperature <= 0:
+        if (self.beta or 0) < 0 or (self.temperature is not None and self.temperature <= 0):
             raise RecipeError(f"beta must be at least 0 (found {self.beta}), temperature above 0 ({self.temperature}).")
+
+    def for_task(self, task: Task) -> LabelFree:
+        """Return the options with the defaults of a task's type in place of None.
+
+        Args:
+            task: The task.
+        """
+        defaults = Distillation(beta=self.beta, temperature=self.temperature).for_task(task)
+        return dataclasses.replace(self, beta=defaults.beta, temperature=defaults.temperature)
 
 
 def distil_on_texts(job: Job, model: nn.Module, options: LabelFree) -> Curve:
@@ -66,7 +77,9 @@ def distil_on_texts(job: Job, model: nn.Module, options: LabelFree) -> Curve:
     """
     if options.text:
         job = dataclasses.replace(job, data=dataclasses.replace(job.data, train=read_texts(options.text, job.data)))
-    if job.data.task.target_scaling(job.data.train.targets) is not None:
+    if job.data.task.head_in_base:
+        job = dataclasses.replace(job, data=answered_data(job, "train", "dev"))
+    elif job.data.task.target_scaling(job.data.train.targets) is not None:
         job = dataclasses.replace(job, data=_pseudo_labelled(job))
     job.notes["labels"] = len(job.labelled_rows)
     job.notes["score"] = "overlap of the predicted distributions with the old model's on dev"

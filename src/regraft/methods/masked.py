@@ -66,13 +66,14 @@ def graft_masked(job: Job, options: Masking) -> None:
     evidence = sample_evidence(job, options.labels)
     without_delta = job.adaptation.family.remove_delta(job.build_grafted_model(), job.upgrade, job.row_match)
     gradients = _gradients(without_delta, evidence, job)
+    new = job.upgrade.new
     rows_with_delta = None if job.row_match is None else _rows_with_delta(job.row_match)
     masked_counts = list[int]()  # lists rather than sums, since several threads call the rule
     delta_counts = list[int]()
 
     def rule(name: str, delta: torch.Tensor, _shift: torch.Tensor) -> torch.Tensor:
         gradient = gradients[name]
-        if rows_with_delta is not None and name in job.upgrade.new.architecture.token_tensors:
+        if rows_with_delta is not None and (name in new.architecture.token_tensors or name in new.language_head):
             gradient = gradient[rows_with_delta]
         masked = mask_conflicts(delta, -gradient.to(delta))
         masked_counts.append(int(masked.count_nonzero()))

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import HEAD_POLICIES
 from regraft.errors import RecipeError
+from regraft.recipe import ADDED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from regraft.methods.job import Job
+    from regraft.task import Task
 
     Curve = list[dict[str, float]]
     Needs = tuple[str, ...]
@@ -42,6 +44,8 @@ class Part:
         heads: The policies for the old head that the part accepts, or a function of the options that returns them.
         contents: A function of the options and the seed that returns, by key, JSON values that identify the files named
             in the options, such as digests; for the provenance of an outcome.
+        generation_only: Whether the part is for tasks of text generation only, as one that lets a model write answers.
+        kind: The kind of the adaptation that the part makes, as in `Adaptation.kind`; None for that of the old one.
         scores_agreement: Whether the scores of the learning curve are agreement with the old model rather than the
             task's metric, or a function of the options that returns whether they are.
 
@@ -57,6 +61,8 @@ class Part:
     heads: Heads | Callable[[Any], Heads] = HEAD_POLICIES
     contents: Callable[[Any, int], dict[str, Any]] | None = None
     scores_agreement: bool | Callable[[Any], bool] = False
+    generation_only: bool = False
+    kind: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse options that cannot be parsed from a command line."""
@@ -106,6 +112,22 @@ class Method:
     summary: str
     parts: tuple[Part, ...]
 
+    @property
+    def generation_only(self) -> bool:
+        """Whether the method is for tasks of text generation only."""
+        return any(part.generation_only for part in self.parts)
+
+    def kind(self, old_kind: str) -> str:
+        """Return the kind of the adaptations that the method makes.
+
+        Args:
+            old_kind: The kind of the old adaptation.
+
+        Returns:
+            The kind, as in `Adaptation.kind`.
+        """
+        return next((part.kind for part in self.parts if part.kind is not None), old_kind)
+
     def complete(self, options: Any = None) -> tuple[Any, ...]:
         """Complete the options with defaults.
 
@@ -134,6 +156,24 @@ class Method:
             expected = " and ".join(class_names) or "no options"
             raise RecipeError(f"method {self.name} takes {expected}; leave out {unused[0]!r}.")
         return tuple(completed)
+
+    def for_task(self, options: Any, task: Task) -> tuple[Any, ...]:
+        """Complete the options with defaults, some of which depend on the type of a task.
+
+        Args:
+            options: As in `complete`.
+            task: The task.
+
+        Returns:
+            As `complete`.
+
+        Raises:
+            RecipeError: The method is not for tasks of that type, or as `complete`.
+        """
+        completed = self.complete(options)
+        if self.generation_only and not task.head_in_base:
+            raise RecipeError(f"method {self.name} is for text generation, not for a {task.type}. Use another method.")
+        return tuple(part.for_task(task) if hasattr(part, "for_task") else part for part in completed)
 
     def needs(self, options: Any = None) -> Needs:
         """Return the needs of all parts.
@@ -205,7 +245,11 @@ class Method:
         # Earlier versions did not record the start's options in outcomes of `ridge+distill`, and with the start's
         # defaults, these must still count as outcomes of the same inputs.
         *starts, (_, last_options) = chosen
-        recorded = dataclasses.asdict(last_options)
+        recorded = {
+            field.name: getattr(last_options, field.name)
+            for field in dataclasses.fields(last_options)
+            if ADDED not in field.metadata or getattr(last_options, field.name) != field.default
+        }
         for start, start_options in starts:
             defaults = dataclasses.asdict(start.options())
             for name, value in dataclasses.asdict(start_options).items():

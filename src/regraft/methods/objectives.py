@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
+from regraft.adaptation.families import family_of_model
 from regraft.errors import KindError
+from regraft.methods.answers import answered_data
 from regraft.methods.method import OLD_HEAD_ONLY, Objective
 from regraft.tuning.anchor import Anchoring
 from regraft.tuning.distill import Distillation
 from regraft.tuning.interpolate import Interpolation
+from regraft.tuning.on_policy import OnPolicy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,8 +69,14 @@ def distil_between(job: Job, model: nn.Module, options: Interpolation) -> Curve:
         The learning curve.
 
     Raises:
-        KindError: The embedding rows of student and teacher stand for different tokens, so that no line joins the two.
+        KindError: No line joins student and teacher, because their embedding rows stand for different tokens, or
+            because the start made a full fine-tune of an adapter.
     """
+    if family_of_model(model).tunes_base and not job.adaptation.family.tunes_base:
+        raise KindError(
+            f"{job.adaptation.path}: is a {job.adaptation.kind}, but the start made a full fine-tune, so there is no "
+            "line from the teacher's weights to the student's. Use distill as the objective."
+        )
     match = job.row_match
     if match is not None and match.tuned_row_indices != tuple(range(match.num_tuned_rows)):
         raise KindError(
@@ -93,6 +103,25 @@ def tune_anchored(job: Job, model: nn.Module, options: Anchoring) -> Curve:
     return job.tune(model, anchor=options)
 
 
+def distil_on_policy(job: Job, model: nn.Module, options: OnPolicy) -> Curve:
+    """Tune on the reverse KL from the new model to the old one, at the tokens of answers that the new model samples.
+
+    The best weights are those whose distributions are closest to the old model's on its own answers to dev prompts.
+
+    Args:
+        job: The job, with the task's prompts.
+        model: The model to tune, which the start returned.
+        options: The temperature, and the most tokens of an answer.
+
+    Returns:
+        The learning curve; its `score` is the mean overlap of the predicted distributions with the old model's, 0–1.
+    """
+    job = dataclasses.replace(job, data=answered_data(job, "dev"))
+    job.notes["labels"] = len(job.labelled_rows)
+    job.notes["score"] = "overlap of the predicted distributions with the old model's on dev"
+    return job.tune(model, options, teacher_selects_best=True)
+
+
 LABELS = Objective("labels", tune_on_labels, summary="then tune as usual", needs=NEEDS_LABELS)
 DISTILL = Objective(
     "distill",
@@ -112,4 +141,14 @@ INTERPOLATION = Objective(
 )
 ANCHORED = Objective(
     "anchored", tune_anchored, Anchoring, summary="held to it by a penalty that decays", needs=NEEDS_LABELS
+)
+ON_POLICY = Objective(
+    "on-policy",
+    distil_on_policy,
+    OnPolicy,
+    summary="let the old model score the new one's answers",
+    needs=("text", "training"),
+    heads=OLD_HEAD_ONLY,
+    scores_agreement=True,
+    generation_only=True,
 )

@@ -90,7 +90,7 @@ def distil_map(job: Job, options: Projection) -> dict[str, torch.Tensor]:
             f"{job.adaptation.path}: has {size:,} parameters, and the map can be learned by distillation for up to "
             f"{MAX_SIZE:,}. Use fit=regression."
         )
-    loss_options = Distillation()
+    loss_options = Distillation().for_task(job.data.task)
     steps_per_task = math.ceil(options.steps / len(options.pairs))
     tasks = [
         _prepare(job, pair, index, vector, loss_options, steps_per_task) for index, pair in enumerate(options.pairs)

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.adaptation import Outcome, load_adaptation, load_model, write_outcome
+from regraft.adaptation import Outcome, load_adaptation, load_model, write_outcome, write_uniform
 from regraft.adaptation.outcome import versions
-from regraft.adaptation.outcome_record import BaseRecord, Cost, OutcomeRecord, Scores, TaskRecord
+from regraft.adaptation.outcome_record import (
+    AGREEMENT,
+    ANSWER_LOSS,
+    BaseRecord,
+    Cost,
+    OutcomeRecord,
+    Scores,
+    TaskRecord,
+)
 from regraft.checkpoint import check_finite
 from regraft.errors import CheckpointError, MismatchError
 from regraft.model import Deployment
+from regraft.model.keep import keep_digest, keep_metric, measure_keep
 from regraft.recipe import best_step, check_trained
 from regraft.task import chance_score
 from regraft.tuning import plan_order
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-    from pathlib import Path
+    from collections.abc import Callable, Collection
 
     from regraft.adaptation.outcome_record import Source
     from regraft.base import Base
     from regraft.checkpoint import Checkpoint
     from regraft.progress import Progress
     from regraft.recipe import Recipe
-    from regraft.task import Split, TaskData
+    from regraft.task import Split, Task, TaskData
 
 SPLITS = ("dev", "test")
 """The splits that are scored."""
+LM_EVAL_FOLDER = "lm_eval"
+"""The folder of lm-evaluation-harness's sample logs, in that of an outcome or of a reference."""
 
 
 def record_outcome(
@@ -54,8 +65,8 @@ def record_outcome(
         base: The base that the adaptation is loaded on.
         data: The task's data.
         recipe: The resolved recipe, with steps and precision.
-        curve: The learning curve; empty if nothing was trained. The recorded curve then has the dev score alone, or
-            nothing without labels.
+        curve: The learning curve; empty if nothing was trained. The recorded curve then has the dev score alone, by the
+            metric that selects the best weights, or nothing without labels.
         inputs: The provenance of the outcome, by which a later run recognises the same inputs.
         method: The method's name on the command line, or `tune`.
         recycled_from: The adaptation that was carried over; None for one tuned from scratch.
@@ -73,6 +84,8 @@ def record_outcome(
         OutcomeError: A figure is infinite or NaN, or `out` exists.
         RecipeError: Weights are infinite or NaN after training.
     """
+    if data.task.uniform_loras:
+        write_uniform(staging / "adaptation")
     adaptation = load_adaptation(staging / "adaptation")
     if curve:
         check_trained(adaptation.checkpoint, recipe)
@@ -86,25 +99,37 @@ def record_outcome(
         scores |= {name: None, f"{name}_majority": None}
         if split is None:
             continue
-        predictions += _prediction_rows(deployment, data, name, split)
+        predictions += prediction_rows(deployment, data, split)
         if data.labelled:
-            scores |= {name: deployment.score(split), f"{name}_majority": chance_score(data, split)}
+            scores[name] = deployment.score(split)
+            if not data.task.head_in_base:  # otherwise chance is the bare base, which is not run for each outcome
+                scores[f"{name}_majority"] = chance_score(data, split)
     if not curve and scores["dev"] is not None:
-        curve = [{"step": 0, "seconds": 0.0, "score": scores["dev"]}]
+        selection_score = deployment.loss(data.dev) if data.task.head_in_base else scores["dev"]
+        curve = [{"step": 0, "seconds": 0.0, "score": selection_score}]
     steps = int(curve[-1]["step"]) if curve else 0
-    merit = float if scores_agreement else data.scoring.merit
     labels_read = set(labelled_rows) | _trained_rows(data, recipe, steps)
-    notes = dict(notes or {})
+    notes = {**(notes or {}), **further_figures(deployment, data, staging, progress)}
+    merit: Callable[[float], float] = data.selection.merit
     if scores_agreement:
-        notes.setdefault("score", "agreement with the old model on dev")
+        notes.setdefault("score", AGREEMENT)
+        if notes["score"] != ANSWER_LOSS:
+            merit = float
     record = OutcomeRecord(
         method=method,
         kind=adaptation.kind,
         inputs=inputs,
-        task=TaskRecord(data.name, data.metric, data.digest(), len(data.train), data.task.type),
+        task=TaskRecord(
+            name=data.name,
+            metric=data.metric,
+            digest=data.digest(),
+            train=len(data.train),
+            type=data.task.type,
+            selection=None if data.selection.name == data.metric else data.selection.name,
+        ),
         labels=tuple(data.labels),
         seed=recipe.seed,
-        recipe=dataclasses.asdict(recipe),
+        recipe=recipe.record(),
         scores=Scores(**scores, dev_at_start=curve[0]["score"] if curve else None),
         best_step=best_step(curve, merit) if curve else 0,
         cost=Cost(
@@ -120,11 +145,72 @@ def record_outcome(
     return write_outcome(staging, out, record, curve, predictions)
 
 
-def _prediction_rows(deployment: Deployment, data: TaskData, name: str, split: Split) -> list[dict[str, Any]]:
-    """Return the rows of `predictions.jsonl` for a split, or refuse outputs that are infinite or NaN."""
+def further_inputs(task: Task) -> dict[str, Any]:
+    """Identify what `further_figures` measures, for the provenance of an outcome.
+
+    Args:
+        task: The task.
+
+    Returns:
+        By key, the digest of `keep`, and the names of `lm_eval` with digests in place of files; empty without them.
+
+    Raises:
+        DataError: A file of `keep` is missing or malformed.
+    """
+    files = [(name, Path(name)) for name in getattr(task, "lm_eval", ())]  # only some task types have the key
+    names = [hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else name for name, path in files]
+    inputs = {"keep": keep_digest(task), "lm_eval": names}
+    return {key: value for key, value in inputs.items() if value}
+
+
+def further_figures(deployment: Deployment, data: TaskData, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Measure what a task names in `keep` and `lm_eval`.
+
+    Args:
+        deployment: The model on its base.
+        data: The task's data.
+        folder: The folder to which the harness's sample logs are written, in `LM_EVAL_FOLDER`.
+        progress: Called at each batch.
+
+    Returns:
+        `keep`, a score and the name of its metric, and `lm_eval`, scores by task and metric; each only if the task
+        names it.
+    """
+    from regraft.model.harness import run_lm_eval
+
+    figures: dict[str, Any] = {}
+    keep = measure_keep(deployment.model, deployment.base, data, deployment.precision, progress)
+    metric = keep_metric(data.task)
+    if metric is not None and keep is not None:
+        figures["keep"] = {"metric": metric.name, "score": metric.round_score(keep)}
+    harness_tasks = getattr(data.task, "lm_eval", ())  # only some task types have the key
+    if harness_tasks:
+        tokenizer = deployment.base.tokenizer
+        figures["lm_eval"] = run_lm_eval(
+            deployment.model,
+            tokenizer,
+            harness_tasks,
+            folder / LM_EVAL_FOLDER,
+            apply_chat_template=bool(tokenizer.chat_template),
+            progress=progress,
+        )
+    return figures
+
+
+def prediction_rows(deployment: Deployment, data: TaskData, split: Split) -> list[dict[str, Any]]:
+    """Return the rows of `predictions.jsonl` for a split.
+
+    Args:
+        deployment: The model on its base.
+        data: The task's data.
+        split: The split of the data.
+
+    Raises:
+        MismatchError: Outputs are infinite or NaN.
+    """
     if not deployment.is_finite(split):
         raise MismatchError(
-            f"{deployment.base.path}: with the new weights on it, the outputs on {name} are infinite or NaN. "
+            f"{deployment.base.path}: with the new weights on it, the outputs on {split.name} are infinite or NaN. "
             "Compute in fp32 (--precision), or choose another method."
         )
     unknown = [None] * len(split)
@@ -136,7 +222,11 @@ def _prediction_rows(deployment: Deployment, data: TaskData, name: str, split: S
         "right": deployment.right(split) if data.labelled else unknown,
         "confidence": unknown if confidence is None else [round(value, 4) for value in confidence],
     }
-    return [{"split": name, **dict(zip(columns, cells, strict=True))} for cells in zip(*columns.values(), strict=True)]
+    if data.task.answers_needed:  # then the answers are shown with their prompts
+        columns["prompt"] = [data.task.as_text(inputs) for inputs in split.inputs]
+    return [
+        {"split": split.name, **dict(zip(columns, cells, strict=True))} for cells in zip(*columns.values(), strict=True)
+    ]
 
 
 def _trained_rows(data: TaskData, recipe: Recipe, steps: int) -> set[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +15,17 @@ from regraft.adaptation import (
     find_outcome,
     load_adaptation,
     load_old_model,
+    set_served_base,
     stored_head,
 )
 from regraft.adaptation.outcome_record import Source
+from regraft.adaptation.template import text_digest, with_deployment_tokenizers
 from regraft.adaptation.tokens import match_token_rows, with_adaptation_tokens
 from regraft.checkpoint import empty_folder, resumable_folder
 from regraft.errors import RecipeError
 from regraft.methods.job import Job
 from regraft.methods.options import check_options
-from regraft.methods.record import record_outcome
+from regraft.methods.record import further_inputs, record_outcome
 from regraft.methods.registry import find_method
 from regraft.model import match_labels, measure_effect
 from regraft.progress import Progress, silent
@@ -49,6 +50,7 @@ def recycle(
     options: Any = None,
     head: HeadPolicy = "copy",
     replace: bool = False,
+    served_base: str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Outcome:
@@ -67,6 +69,8 @@ def recycle(
             or put a `fresh` head on the old weights.
         replace: Whether to use the tensors that an adapter stores in place of its base's (embeddings, norms, biases,
             magnitudes of DoRA) as they are, as PEFT does, rather than add their change to the new base.
+        served_base: The path or hub id by which a server will name the new base, for the adapter's config and the model
+            card; None for the name of the new base.
         force: Whether to accept an old base whose fingerprint differs from the recorded one.
         progress: Called at each step.
 
@@ -81,7 +85,7 @@ def recycle(
         OutcomeError: `out` exists, and is not an outcome of the same inputs, or a figure is infinite or NaN.
         KindError: The method does not support the adaptation's kind, or the upgrade.
         RecipeError: There is no such method, an option is out of range, the head's policy is not supported, `replace`
-            does not apply to the adaptation, or training diverged.
+            or `served_base` does not apply to the adaptation, or training diverged.
     """
     chosen = find_method(method)
     recipe = recipe or Recipe()
@@ -94,6 +98,8 @@ def recycle(
     lineage = adaptation.check_base(upgrade.old, force=force)
     upgrade = with_adaptation_tokens(adaptation, upgrade)
     data = load_data(task, recipe.seed)
+    options = chosen.for_task(options, data.task)
+    upgrade = with_deployment_tokenizers(adaptation, upgrade, data.task)
     if "labels" in chosen.needs(options):
         data.require_labels(f"method {method}")
     data = data.with_virtual_tokens(adaptation.num_virtual_tokens, upgrade.new.max_input_length)
@@ -101,17 +107,27 @@ def recycle(
     inputs: dict[str, Any] = {
         "method": method,
         "options": chosen.record(options),
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": recipe.record(),
         "head": head,
         "task": data.digest(),
         "old_base": upgrade.old.fingerprint,
         "new_base": upgrade.new.fingerprint,
         "adaptation": adaptation.fingerprint,
     }
+    if data.task.head_in_base:
+        heads = {"old_head": upgrade.old, "new_head": upgrade.new}
+        inputs |= {key: base.language_head_fingerprint for key, base in heads.items() if base.language_head_fingerprint}
+        inputs |= {"texts": text_digest(upgrade.old, upgrade.new), **further_inputs(data.task)}
     if adaptation.family.replaces_base_tensors(adaptation, upgrade.old):
         inputs["replace"] = replace
     elif replace:
         raise RecipeError(f"{adaptation.path}: stores nothing in place of its base's tensors. Leave out replace.")
+    if served_base is not None:
+        if adaptation.kind == "full":
+            raise RecipeError(f"{adaptation.path}: is a full fine-tune, which is served alone. Leave out served_base.")
+        if chosen.kind(adaptation.kind) == "full":
+            raise RecipeError(f"method {method} makes a full fine-tune, which is served alone. Leave out served_base.")
+        inputs["served_base"] = served_base
     inputs |= chosen.contents(options, recipe.seed)
     existing = find_outcome(out, inputs, (upgrade.old, upgrade.new))
     if existing:
@@ -120,7 +136,7 @@ def recycle(
     old_head = data.head if head == "copy" else stored_head(adaptation, upgrade.old)
     old_model = load_old_model(adaptation, upgrade, old_head)
     measure_effect(old_model, adaptation, upgrade.old, data)  # raises if an adapter has no effect
-    resolved = recipe.resolve(len(data.train), learning_rate(adaptation.kind))
+    resolved = recipe.resolve(len(data.train), learning_rate(chosen.kind(adaptation.kind), data.task))
     source = Source(
         adaptation=str(adaptation.path),
         fingerprint=adaptation.fingerprint,
@@ -150,6 +166,8 @@ def recycle(
             job.notes["vocabulary"] = row_match.summary()
         start_time = time.perf_counter()
         curve = chosen.run(job, options)
+        if served_base is not None:
+            set_served_base(job.output_folder, served_base)
         seconds = curve[-1]["seconds"] if curve else time.perf_counter() - start_time
         job.notes.setdefault("seconds", round(seconds, 2))
         return record_outcome(

@@ -26,16 +26,17 @@ PARTS_BY_METHOD = {
     "init": "direct+labels",
     "distill": "scratch+distill",
     "init+distill": "direct+distill",
-    **{name: name for name in ("project", "ridge", "scaled", "masked", "aligned", "trimmed", "orthogonal")},
+    **{name: name for name in ("project", "ridge", "scaled", "masked", "aligned", "trimmed", "orthogonal", "ariadne")},
     "ridge+init": "ridge+labels",
     "ridge+distill": "ridge+distill",
     "anchored": "direct+anchored",
     "interpolation": "direct+interpolation",
     "label-free": "direct+label-free",
+    "on-policy": "direct+on-policy",
     "auto": "auto",
 }
 """The parts of each listed method: first the methods of Qin et al., 2023 (arXiv:2305.08702), and `scratch`, which they
-are compared with; then methods without training, then methods with it.
+are compared with; then methods without training, of which `ariadne` is for comparison; then methods with it.
 
 What other distributions register is listed after them.
 """

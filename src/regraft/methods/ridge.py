@@ -80,7 +80,7 @@ def graft_refitted(job: Job, options: Ridge) -> nn.Module:
     check_transformable(job.adaptation, SUPPORTED_KINDS)
     new_model: nn.Module = job.build_grafted_model()
     old_model = load_model(job.adaptation, job.upgrade.old, job.data.head)
-    changes = linear_changes(new_model, old_model, job.adaptation, job.upgrade.old)
+    changes = linear_changes(new_model, old_model, job.adaptation, job.upgrade.old, job.row_match)
     reasons = skip_reasons(new_model, old_model, job.adaptation, job.upgrade.old, changes)
     refitter = _Refitter(options.ridge, reasons)
     texts = job.data.train.take(range(min(options.texts, len(job.data.train))))

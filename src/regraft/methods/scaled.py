@@ -127,7 +127,8 @@ def _choose_scales(scalable: _ScalableModel, evidence: Evidence, grouped: bool, 
         num_trials += 1
         job.progress("scale", num_trials, 1 + len(SCALES) + 2 * len(trial_scales) * grouped, {})
         deployment.clear_outputs()
-        return evidence.losses(deployment.outputs(evidence.split), targets)
+        with torch.no_grad():
+            return evidence.losses(deployment.outputs(evidence.split), targets)
 
     unscaled_losses = measure_losses(scales)
     best_losses = unscaled_losses

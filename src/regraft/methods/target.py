@@ -7,7 +7,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from regraft.checkpoint import is_sealed, seal, write_json
-from regraft.task import chance_score, paired_difference, score, weakness
+from regraft.methods.answers import answered_data
+from regraft.model.deployment import chance_score
+from regraft.task import paired_difference, score, weakness
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -108,15 +110,17 @@ class Target:
         )
 
 
-def determine_target(job: Job, tolerance: float, confidence: float, target: float | None, *, labelled: bool) -> Target:
+def determine_target(
+    job: Job, tolerance: float | None, confidence: float, target: float | None, *, labelled: bool
+) -> Target:
     """Determine the score to reach.
 
     The predictions behind the target are stored in the work folder, from which a resumed run reads them.
 
     Args:
         job: The job, on whose dev examples all scores are measured.
-        tolerance: How far below the target a score may be: in the metric, or if 1 does not bound the metric, as a share
-            of the old deployment's score above chance.
+        tolerance: How far below the target a score may be: in the metric, or if 1 does not bound the metric and it has
+            no tolerance of its own, as a share of the old deployment's score above chance. None for the default.
         confidence: The confidence of the tests, 0–1.
         target: A score; None for the old deployment's, improved by the gain of a linear probe from the old to the new
             base if the gain is significant.
@@ -132,11 +136,15 @@ def determine_target(job: Job, tolerance: float, confidence: float, target: floa
     file = job.work_folder / "target.json"
     seal_file = job.work_folder / "target.sealed.json"
     if not is_sealed(seal_file):
-        reference = job.old_deployment().predictions(dev) if labelled else dev.targets.tolist()
+        task = job.data.task
+        # answers that the old model wrote have no losses, without which some metrics of language models score nothing
+        are_predictions = not labelled and (task.answers_needed or not task.head_in_base)
+        reference = dev.targets.tolist() if are_predictions else job.old_deployment().predictions(dev)
         probes = []
-        if target is None and labelled:
+        if target is None and labelled and not task.head_in_base:  # a probe predicts no texts
             probes = [probe(base, job.data, job.recipe.precision) for base in (job.upgrade.old, job.upgrade.new)]
-        write_json(file, {"reference": reference, "probes": probes})
+        chance = chance_score(job.data, dev, job.upgrade.new, job.recipe.precision)
+        write_json(file, {"reference": reference, "probes": probes, "chance": chance})
         seal(seal_file, [file])
     record = json.loads(file.read_text(encoding="utf-8"))
     metric = job.data.scoring
@@ -148,7 +156,7 @@ def determine_target(job: Job, tolerance: float, confidence: float, target: floa
     if target is None:
         certain_gain = gain.estimate if gain and gain.low > 0 else 0.0
         target = old + certain_gain if metric.higher_is_better else old - certain_gain
-    chance = chance_score(job.data, dev)
+    chance = record["chance"]
     return Target(
         metric=metric,
         targets=dev.targets,
@@ -172,8 +180,10 @@ def pseudo_labelled_data(job: Job) -> TaskData:
     Returns:
         The task's data, marked as labelled, with the task type's agreement metric.
     """
-    old = job.old_deployment()
     task = job.data.task
+    if task.head_in_base:
+        return answered_data(job, "train", "dev")
+    old = job.old_deployment()
     train, dev = (
         dataclasses.replace(split, targets=task.as_targets(old.predictions(split)))
         for split in (job.data.train, job.data.dev)
