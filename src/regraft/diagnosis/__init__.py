@@ -5,6 +5,7 @@ from regraft.diagnosis.check import Check, check, check_pair
 from regraft.diagnosis.compatibility import CompatibilityPoint, compatibility
 from regraft.diagnosis.connectivity import Segment, barrier, segment
 from regraft.diagnosis.deep import diagnose
+from regraft.diagnosis.knowledge import Knowledge, ModelKnowledge, measure_knowledge
 from regraft.diagnosis.pair import DeploymentPair, load_pair
 from regraft.diagnosis.plane import Plane, plane
 from regraft.diagnosis.probe import probe_gain
@@ -12,6 +13,7 @@ from regraft.diagnosis.question import Question, Questions, all_questions
 from regraft.diagnosis.record import Diagnosis, read_diagnosis
 from regraft.diagnosis.regressions import Regressions, mcnemar, noise_floor, regressions
 from regraft.diagnosis.retention import Retention, retention
+from regraft.diagnosis.samples import SampleComparison, compare_samples
 from regraft.diagnosis.shift import Shift, shift
 from regraft.diagnosis.similarity import AttentionMap, Control, Similarity, similarity
 from regraft.diagnosis.verdict import Verdict, verdict
@@ -24,11 +26,14 @@ __all__ = [
     "Control",
     "DeploymentPair",
     "Diagnosis",
+    "Knowledge",
+    "ModelKnowledge",
     "Plane",
     "Question",
     "Questions",
     "Regressions",
     "Retention",
+    "SampleComparison",
     "Segment",
     "Shift",
     "Similarity",
@@ -37,10 +42,12 @@ __all__ = [
     "barrier",
     "check",
     "check_pair",
+    "compare_samples",
     "compatibility",
     "diagnose",
     "load_pair",
     "mcnemar",
+    "measure_knowledge",
     "noise_floor",
     "plane",
     "probe_gain",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regraft.errors import MismatchError
+from regraft.task.types.dense import DenseLikelihood
 
 if TYPE_CHECKING:
     import torch
@@ -133,8 +134,7 @@ class ModelComparison:
         self._add_attention(first, second, token_mask)
         likelihood = self._likelihood
         first_outputs, second_outputs = first.outputs.cpu().double(), second.outputs.cpu().double()
-        divergence = likelihood.divergence_terms(second_outputs, likelihood.signal(first_outputs))
-        self.kl += max(0.0, float(divergence.sum()))
+        self.kl += max(0.0, _divergence_sum(likelihood, second_outputs, likelihood.signal(first_outputs)))
         self.num_equal += int(likelihood.right(second_outputs, likelihood.predict(first_outputs)).sum())
         self.num_predictions += len(first_outputs)
         self._num_tokens += int(token_mask.sum())
@@ -193,6 +193,16 @@ class ModelComparison:
     def cka(self) -> tuple[float, ...]:
         """Linear CKA of the embeddings, then of each layer that `finish_layers` has finished."""
         return tuple(self._cka)
+
+
+def _divergence_sum(likelihood: Likelihood, outputs: Any, signal: Any) -> float:
+    """Sum KL(teacher ‖ student) over rows; outputs over a vocabulary are divided into chunks by the likelihood."""
+    if isinstance(likelihood, DenseLikelihood):
+        return float(likelihood.divergence_terms(outputs, signal).sum())
+    import torch
+
+    with torch.no_grad():
+        return len(outputs) * float(likelihood.mean_divergence(outputs, signal))
 
 
 def _entropy(distributions: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from regraft.checkpoint.record import Count
 from regraft.diagnosis.question import Question
 from regraft.errors import CheckpointError
 from regraft.model import Deployment
-from regraft.task import agreement, find_metric
+from regraft.task import find_metric
 from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class CompatibilityPoint:
         distance: The checkpoint's L2 distance from the old base.
         score: The adaptation's score on the checkpoint.
         loss: The adaptation's mean loss on the checkpoint, in nats.
-        agreement: The agreement of the predictions with those on the old base; see `Check`.
+        agreement: The agreement of the predictions with those on the old base, or None; see `Check`.
         steps: The number of pre-training steps that the checkpoint's folder records, counted from the base that
             regraft pre-trained further; 0 for the old base, None without a record.
     """
@@ -44,7 +44,7 @@ class CompatibilityPoint:
     distance: float
     score: float
     loss: float
-    agreement: float
+    agreement: float | None
     steps: Count | None
 
 
@@ -84,13 +84,13 @@ def _point(pair: DeploymentPair, upgrade: Upgrade, deployment: Deployment, steps
     """Measure a deployment of the old adaptation on the upgrade's new base."""
     import numpy as np
 
-    agreed = agreement(pair.data, pair.old_predictions, deployment.predictions(pair.split))
+    agreed = pair.agreement(deployment)
     return CompatibilityPoint(
         name=upgrade.new.name,
         distance=upgrade.distance().l2,
         score=deployment.score(pair.split),
         loss=deployment.loss(pair.split),
-        agreement=float(np.float32(agreed)),  # the precision of the records of regraft 0.1
+        agreement=None if agreed is None else float(np.float32(agreed)),  # the precision of the records of regraft 0.1
         steps=steps,
     )
 
@@ -105,6 +105,7 @@ def _recorded_steps(base: Base) -> int | None:
 def _answer(context: QuestionContext) -> tuple[CompatibilityPoint, ...] | None:
     if not context.options.checkpoints:
         return None
+    context.require_labels()
     return compatibility(context.direct, context.options.checkpoints)
 
 

@@ -43,7 +43,7 @@ class Segment:
         ends: The names of the models at μ = 0 and μ = 1.
         mu: The values of μ at which the models were evaluated, from 0 to 1.
         loss: The mean loss in nats at each μ, by split.
-        score: The score by the task's metric at each μ, by split.
+        score: The score by the task's metric at each μ, by split; empty if models would have to write answers at each.
         barrier: The largest excess of the loss over the straight line between its end values, by split; 0 if there
             is none, infinite if a loss is infinite or NaN.
         connected: Whether the barrier is within the tolerance of `segment` on every split.
@@ -140,13 +140,15 @@ def segment(
     deployment = Deployment(blend.model, base, data, precision)
     mu = tuple(i / (points - 1) for i in range(points))
     example_losses: dict[str, list[Floats]] = {name: [] for name in splits}
-    scores: dict[str, list[float]] = {name: [] for name in splits}
+    # answers at every point would take far longer than all other questions
+    scores: dict[str, list[float]] = {name: [] for name in splits if not data.task.answers_needed}
     for point_number, coefficient in enumerate(mu, start=1):
         blend.set_coefficients(coefficient)
         deployment.clear_outputs()
         for name, split in splits.items():
             example_losses[name].append(deployment.losses(split).numpy())
-            scores[name].append(deployment.score(split))
+            if name in scores:
+                scores[name].append(deployment.score(split))
         mean_losses = {f"{name} loss": float(losses[-1].mean()) for name, losses in example_losses.items()}
         progress("connectivity", point_number, points, mean_losses)
     loss = {name: tuple(float(row.mean()) for row in losses) for name, losses in example_losses.items()}
@@ -155,7 +157,7 @@ def segment(
         name: _tolerance(
             mu,
             np.stack(example_losses[name]),
-            data.likelihood.chance_loss(split.targets.tolist(), data.head.num_outputs),
+            data.likelihood.chance_loss(split.targets.tolist(), deployment.outputs(split).shape[1]),
         )
         for name, split in splits.items()
     }
@@ -191,6 +193,7 @@ def _tolerance(mu: Sequence[float], losses: Floats, chance_loss: float) -> float
 def _answer(context: QuestionContext) -> Segment:
     """Measure the segment between the two deployments of the context's pair."""
     context.require_same_tokens()
+    context.require_labels()
     pair = context.pair
     return segment(
         pair.old.model,

@@ -15,19 +15,23 @@ from regraft.adaptation import (
     load_old_model,
     write_graft,
 )
+from regraft.adaptation.template import with_deployment_tokenizers
 from regraft.adaptation.tokens import with_adaptation_tokens
 from regraft.checkpoint import temporary_folder
 from regraft.errors import MAX_LISTED, MismatchError
 from regraft.model import Deployment, match_labels
-from regraft.model.deployment import measure_effect
+from regraft.model.deployment import chance_score, measure_effect
 from regraft.model.device import device
+from regraft.model.keep import check_keep
 from regraft.progress import Progress, silent
 from regraft.recipe import Recipe
-from regraft.task import load_data
+from regraft.task import agreement, load_data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    import torch
 
     from regraft.base import Base
     from regraft.task import Split, Task, TaskData
@@ -81,6 +85,55 @@ class DeploymentPair:
         """The new deployment's predictions for the split."""
         return predictions(self.new, self.split)
 
+    @functools.cached_property
+    def chance(self) -> float | None:
+        """The chance score for the split, for which the bare new base may have to run; None without labels."""
+        if not self.data.labelled:
+            return None
+        return chance_score(self.data, self.split, self.upgrade.new, self.precision)
+
+    @property
+    def floor(self) -> str:
+        """The name of what has the chance score, for messages."""
+        return "the bare new base" if self.data.task.head_in_base else "guessing"
+
+    def score(self, deployment: Deployment) -> float | None:
+        """Score a deployment on the split; None without labels."""
+        return deployment.score(self.split) if self.data.labelled else None
+
+    def agreement(self, deployment: Deployment) -> float | None:
+        """Measure how far the predictions of a deployment for the split are those of the old one.
+
+        Args:
+            deployment: A deployment of the same adaptation, or of one for the same task, on any base.
+
+        Returns:
+            The agreement, from 0 to 1; where no answers are generated, the mean overlap of the distributions of tokens,
+            which is None if the tokenizers divide the examples into different tokens.
+        """
+        if not self.data.task.head_in_base or self.data.task.answers_needed:
+            return agreement(self.data, self.old_predictions, predictions(deployment, self.split))
+        new_ids = self._new_ids(deployment)
+        examples = self.old.examples(self.split)
+        if new_ids is not None:
+            examples = examples.with_ids(new_ids.numpy())
+        other = deployment.examples(self.split)
+        if (examples.columns, examples.tokens) != (other.columns, other.tokens):
+            return None
+        return deployment.similarity_to(self.split, self.old.signal(self.split, new_ids))[0]
+
+    def _new_ids(self, deployment: Deployment) -> torch.Tensor | None:
+        """Return a deployment's id of each token of the old one, −1 for none; None if all ids are the same."""
+        import torch
+
+        old, new = self.old.base.vocabulary, deployment.base.vocabulary
+        if old == new:
+            return None
+        ids = torch.full((self.old.outputs(self.split).shape[1],), -1, dtype=torch.long)
+        for token, old_id in old.items():
+            ids[old_id] = new.get(token, -1)
+        return ids
+
 
 def predictions(deployment: Deployment, split: Split) -> list[Any]:
     """Return the predictions of a deployment, or refuse outputs that are infinite or NaN.
@@ -128,7 +181,7 @@ def load_pair(
 
     Raises:
         CheckpointError: A weight file is incomplete or damaged, or holds infinite or NaN values.
-        DataError: The task's data is malformed or has no labels.
+        DataError: The task's data is malformed, or has no labels although its models write no answers.
         MismatchError: The bases, the adaptation and the task do not fit together.
     """
     recipe = recipe or Recipe()
@@ -136,7 +189,9 @@ def load_pair(
     lineage = adaptation.check_base(upgrade.old, force=force)
     upgrade = with_adaptation_tokens(adaptation, upgrade)
     data = load_data(task, recipe.seed)
-    data.require_labels("check")
+    data = _with_answers(data)
+    check_keep(data.task)
+    upgrade = with_deployment_tokenizers(adaptation, upgrade, data.task)
     data = match_labels(
         adaptation, data.with_virtual_tokens(adaptation.num_virtual_tokens, upgrade.new.max_input_length)
     )
@@ -156,6 +211,20 @@ def load_pair(
             old=Deployment(old_model, upgrade.old, data, precision, progress),
             new=Deployment(new_model, upgrade.new, data, precision, progress),
         )
+
+
+def _with_answers(data: TaskData) -> TaskData:
+    """Return data of which deployments can be compared: with labels, or with prompts that models answer."""
+    task = data.task
+    if data.labelled or not task.head_in_base:
+        data.require_labels("check")
+        return data
+    # without references, nothing but answers can be compared
+    return (
+        data
+        if task.answers_needed or task.agreement_metric is None
+        else data.with_settings(metric=task.agreement_metric.name)
+    )
 
 
 def load_counterpart(path: str | Path, base: Base, data: TaskData) -> Any:

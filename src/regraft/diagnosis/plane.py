@@ -41,7 +41,8 @@ class Plane:
         x: The x coordinate of each column of the grid.
         y: The y coordinate of each row of the grid.
         loss: The mean loss in nats at each point, rows y × columns x.
-        score: The score by the task's metric at each point, rows y × columns x.
+        score: The score by the task's metric at each point, rows y × columns x; empty if models would have to write
+            answers at each.
         split: The split that was measured, `dev` or `test`.
     """
 
@@ -56,7 +57,7 @@ class Plane:
     def __post_init__(self) -> None:
         """Refuse any number of places but three, and a loss or score that does not have the grid's shape."""
         require_length(self.places, 3, "places")
-        for name, grid in (("loss", self.loss), ("score", self.score)):
+        for name, grid in (("loss", self.loss), ("score", self.score or self.loss)):
             require_shape(grid, len(self.y), len(self.x), name)
 
 
@@ -109,15 +110,18 @@ def plane(
     deployment = Deployment(blend.model, base, data, precision)
     corners = _corners(models, names)
     x, y = (_axis([corner[i] for corner in corners], size, margin) for i in (0, 1))
+    has_scores = not data.task.answers_needed  # answers at every point would take hours
     losses, scores = np.empty((size, size)), np.empty((size, size))
     for row, column in np.ndindex(size, size):
         blend.set_coefficients(*blend_coefficients(x[column], y[row], corners))
         deployment.clear_outputs()
         loss = deployment.losses(measured_split).numpy().mean()
         losses[row, column] = loss
-        scores[row, column] = deployment.score(measured_split)
+        if has_scores:
+            scores[row, column] = deployment.score(measured_split)
         progress("plane", row * size + column + 1, size * size, {f"{measured_split.name} loss": float(loss)})
-    return Plane(names, corners, x, y, _nested_tuples(losses), _nested_tuples(scores), measured_split.name)
+    score = _nested_tuples(scores) if has_scores else ()
+    return Plane(names, corners, x, y, _nested_tuples(losses), score, measured_split.name)
 
 
 def blend_coefficients(x: float, y: float, corners: Sequence[Point]) -> tuple[float, float]:
@@ -172,6 +176,7 @@ def _answer(context: QuestionContext) -> Plane | None:
     if not context.options.plane:
         return None
     context.require_same_tokens()
+    context.require_labels()
     direct, pair, (old_name, new_name) = context.direct, context.pair, context.endpoint_names
     return plane(
         (direct.old.model, direct.new.model, pair.new.model),

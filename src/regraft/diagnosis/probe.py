@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from regraft.diagnosis.question import Question
+from regraft.errors import MismatchError
 from regraft.task import Interval, paired_difference
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def probe_gain(pair: DeploymentPair) -> Interval:
 
 
 def _answer(context: QuestionContext) -> Interval:
+    if context.direct.data.task.head_in_base:
+        raise MismatchError("a linear probe predicts no texts; the bare new base is measured instead")
     return probe_gain(context.direct)
 
 

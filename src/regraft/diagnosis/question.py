@@ -21,6 +21,8 @@ Answer = TypeVar("Answer")
 SummaryLines = list[tuple[str, str]]
 """The label and the text of each line that a terminal shows."""
 
+MISSING = "–"
+"""What a terminal shows in place of a figure that is not known."""
 SEGMENT_POINTS = 11
 """The default number of points on a segment, 0.1 apart; each point takes a pass over the data."""
 MIN_SEGMENT_POINTS = 3
@@ -107,6 +109,15 @@ class QuestionContext:
         """
         return self.answers.get(question.name)
 
+    def require_labels(self) -> None:
+        """Check that the examples have labels.
+
+        Raises:
+            MismatchError: The examples are prompts alone.
+        """
+        if not self.pair.data.labelled:
+            raise MismatchError("the examples have no reference answers, which this question needs")
+
     def require_same_tokens(self) -> None:
         """Check that the two models can be compared token by token.
 
@@ -114,7 +125,7 @@ class QuestionContext:
             MismatchError: The bases have different vocabularies, or the adaptation has tokens of its own.
         """
         upgrade = self.pair.upgrade
-        if upgrade.row_match is not None or upgrade.new.tokenizer_override is not None:
+        if upgrade.row_match is not None or upgrade.new.rows_override is not None:
             raise MismatchError(
                 "the two models have different vocabularies, but this question compares them token by token"
             )

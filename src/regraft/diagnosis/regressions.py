@@ -55,23 +55,24 @@ class Regressions:
     Args:
         split: The split that was measured.
         examples: The number of examples in the split.
-        negative: The number of examples that were right before the upgrade and are wrong after it.
-        positive: The number of examples that were wrong before the upgrade and are right after it.
+        negative: The number of examples that were right before the upgrade and are wrong after it; None if no
+            prediction is right or wrong.
+        positive: The number of examples that were wrong before the upgrade and are right after it; None likewise.
         flips: The negative and positive flips, in the order of the split.
         views: The tables, charts and marked texts on both deployments that the task type defines.
         mcnemar: The two-sided p-value of McNemar's exact test: how probable flips at least so uneven are if both
-            directions are equally likely.
+            directions are equally likely; None if no prediction is right or wrong.
         noise: The share of negative flips between seeds of the new deployment's recipe, averaged over ordered pairs of
-            seeds; None if there is only one seed.
+            seeds; None if there is only one seed, or no prediction is right or wrong.
     """
 
     split: str
     examples: Count
-    negative: Count
-    positive: Count
+    negative: Count | None
+    positive: Count | None
     flips: tuple[Flip, ...]
     views: tuple[View, ...]
-    mcnemar: float
+    mcnemar: float | None
     noise: float | None
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ class Regressions:
             raise ValueError(f"views: expected a different name for each chart, found {', '.join(names)}")
 
 
-def regressions(pair: DeploymentPair, right_by_seed: Sequence[Sequence[bool]] = ()) -> Regressions:
+def regressions(pair: DeploymentPair, right_by_seed: Sequence[Sequence[bool | None]] = ()) -> Regressions:
     """Compare two deployments example by example.
 
     Args:
@@ -109,22 +110,31 @@ def regressions(pair: DeploymentPair, right_by_seed: Sequence[Sequence[bool]] = 
             confidence=None if new.confidence is None else round(new.confidence[i], CONFIDENCE_DIGITS),
         )
         for i, target in enumerate(split.targets.tolist())
-        if old.right[i] != new.right[i]
+        if None not in (old.right[i], new.right[i]) and old.right[i] != new.right[i]
     ]
-    counts = count_flips(old.right, new.right)
+    counts = count_flips(old.right, new.right) if are_known(old.right, new.right) else None
     return Regressions(
         split=split.name,
         examples=len(split),
-        negative=counts.negative,
-        positive=counts.positive,
+        negative=None if counts is None else counts.negative,
+        positive=None if counts is None else counts.positive,
         flips=tuple(flips),
         views=(
             *task.comparison_views(split.targets, old, new, labels),
             *task.flip_views(split, old, new, labels),
         ),
-        mcnemar=mcnemar(counts.negative, counts.positive),
-        noise=noise_floor([new.right, *right_by_seed]),
+        mcnemar=None if counts is None else mcnemar(counts.negative, counts.positive),
+        noise=None if counts is None else noise_floor([new.right, *right_by_seed]),
     )
+
+
+def are_known(*right: Sequence[bool | None]) -> bool:
+    """Return whether each model has a prediction that is right or wrong.
+
+    Args:
+        *right: For each model, whether each prediction is right; None where that cannot be told.
+    """
+    return all(any(value is not None for value in values) for values in right)
 
 
 def _predict(deployment: Deployment, split: Split) -> ModelPredictions:
@@ -148,7 +158,7 @@ def mcnemar(negative: int, positive: int) -> float:
     return float(binomtest(negative, negative + positive).pvalue) if negative + positive else 1.0
 
 
-def noise_floor(right_by_seed: Sequence[Sequence[bool]]) -> float | None:
+def noise_floor(right_by_seed: Sequence[Sequence[bool | None]]) -> float | None:
     """Return the share of examples that turn from right to wrong between runs that differ only in their seed.
 
     Args:
@@ -172,6 +182,8 @@ def _answer(context: QuestionContext) -> Regressions:
 
 
 def _describe(regressions: Regressions, _metric: str) -> SummaryLines:
+    if regressions.mcnemar is None:
+        return []
     flips = (
         f"{regressions.negative} negative, {regressions.positive} positive of {regressions.examples:,}"
         f"; McNemar p {regressions.mcnemar:.2g}"

@@ -11,7 +11,7 @@ import numpy as np
 from regraft.checkpoint.record import Count, require_shape
 from regraft.diagnosis.comparison import ModelComparison
 from regraft.diagnosis.question import Question
-from regraft.errors import RecipeError
+from regraft.errors import MismatchError, RecipeError
 from regraft.model import Deployment
 from regraft.model.attention import Activations, attention_batches, eager_attention, random_model, record_activations
 from regraft.model.outputs import unwrap_model
@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 
     from regraft.base import Base
     from regraft.diagnosis.question import QuestionContext, SummaryLines
-    from regraft.task import TaskData
+    from regraft.task import Split, TaskData
     from regraft.task.types import Examples
 
 Matrix = tuple[tuple[float, ...], ...]
 
 MAP_TOKENS = 24  # a longer text's attention map cannot be read on a page
 MAP_DIGITS = 5  # a map's colours show fewer, and all digits of float32 would triple the record
+MAX_GENERATED_TOKENS = 512
+"""The longest texts of text generation that are compared, in tokens: the attention maps of 30 layers with 9 heads then
+take 0.3 GB."""
 MAX_MOMENT_BYTES = 2**28  # memory of CKA's moments; if all layers need more, the models run once per group of layers
 
 
@@ -161,13 +164,13 @@ def similarity(
         The figures of heads, hidden states and predictions.
 
     Raises:
-        MismatchError: The architecture has no attention maps, or the models differ in layers, heads, width, outputs or
-            virtual tokens.
+        MismatchError: The architecture has no attention maps, the models differ in layers, heads, width, outputs or
+            virtual tokens, or all texts of text generation are too long.
         RecipeError: The number of texts or maps is out of its range.
     """
     if texts < 1 or maps < 0:
         raise RecipeError(f"texts must be at least 1 and maps not negative, found {texts} and {maps}.")
-    full_split = data.dev if data.test is None else data.test
+    full_split = _short_enough(Deployment(first, base, data, precision), data.dev if data.test is None else data.test)
     num_texts = min(texts, len(full_split))
     split = full_split.take(np.unique(np.linspace(0, len(full_split) - 1, num_texts).round().astype(np.int64)))
     examples = Deployment(first, base, data, precision).examples(split)
@@ -209,6 +212,19 @@ def similarity(
         ),
         texts=len(examples),
     )
+
+
+def _short_enough(deployment: Deployment, split: Split) -> Split:
+    """Return the examples of text generation whose attention maps fit in memory; of other types, all examples."""
+    if not deployment.data.task.head_in_base:
+        return split
+    short = (deployment.examples(split).lengths <= MAX_GENERATED_TOKENS).nonzero()[0]
+    if not len(short):
+        raise MismatchError(
+            f"{split.source}: every example has more than {MAX_GENERATED_TOKENS} tokens, whose attention maps would "
+            "take too much memory"
+        )
+    return split if len(short) == len(split) else split.take(short)
 
 
 def _compare_in_batches(

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from regraft.diagnosis.check import QUESTION as CHECK
-from regraft.diagnosis.choice import ADVICE, Choice, choose
+from regraft.diagnosis.choice import ADVICE, WITHOUT_LABELS, Conclusion, choose, is_within_tolerance
 from regraft.diagnosis.connectivity import QUESTION as CONNECTIVITY
 from regraft.diagnosis.probe import QUESTION as PROBE
 from regraft.diagnosis.question import Question
 from regraft.diagnosis.similarity import QUESTION as SIMILARITY
-from regraft.task import chance_score, weakness
+from regraft.task import weakness
 from regraft.task.bootstrap import RESAMPLES, resampled_scores
 
 if TYPE_CHECKING:
@@ -43,19 +43,19 @@ class Verdict:
     """The recommended action.
 
     Args:
-        choice: `use as is`, `training-free`, `short tuning` or `scratch`.
+        choice: `use as is`, `training-free`, `short tuning` or `scratch`; `unknown` without labels.
         sure: The share of bootstrap resamples of the examples that lead to the same choice; 0 if the examples are too
             few or too uniform, such as of a single class, for resamples to tell.
         predicted: The score above chance of the adaptation on the new base, not tuned again, divided by the expected
             one: the old deployment's score above chance, plus the new base's gain if a probe finds one. 0 if the
-            expected score is not above chance.
+            expected score is not above chance; None without labels.
         reasons: The figures that led to the choice.
         advice: The recommended action, in a sentence.
     """
 
-    choice: Choice
+    choice: Conclusion
     sure: float
-    predicted: float
+    predicted: float | None
     reasons: tuple[Reason, ...]
     advice: str
 
@@ -68,6 +68,7 @@ def verdict(
     chance: float,
     *,
     guess: str = "the best without looking at an input",
+    floor: str = "guessing",
     gain: Interval | None = None,
     weakness: str | None = None,
     reasons: tuple[Reason, ...] = (),
@@ -80,8 +81,9 @@ def verdict(
         targets: The target of each example.
         before: The prediction of the old deployment for each example.
         after: The prediction of the same adaptation on the new base for each example.
-        chance: The score of the best constant prediction.
+        chance: The score of the best constant prediction, or of the bare new base.
         guess: The prediction with the chance score, in words.
+        floor: The name of what has the chance score.
         gain: The improvement of a linear probe's score from the old to the new base; it counts if its interval is
             above 0.
         weakness: The reason why the examples cannot settle the choice, if there is one.
@@ -98,18 +100,21 @@ def verdict(
     expected = metric.merit(old) + base_gain - metric.merit(chance)
     reached = metric.merit(new) - metric.merit(chance)
     shares = np.divide(reached, expected, out=np.zeros_like(new), where=expected > 0)
-    choices = [choose(share, base_gain) for share in shares.tolist()]
+    choices = [
+        choose(share, base_gain, within_tolerance=is_within_tolerance(metric, old_score, new_score))
+        for share, old_score, new_score in zip(shares.tolist(), old.tolist(), new.tolist(), strict=True)
+    ]
     choice = choices[0]
     share = float(shares[0])
     if expected[0] <= 0:
-        advice = "The old weights are no better than guessing on their own base: there is nothing to carry over."
+        advice = f"The old weights on their own base are no better than {floor}: there is nothing to carry over."
         choice = "scratch"
     else:
-        advice = f"{100 * share:.0f} % of the score to expect above guessing is left: {ADVICE[choice]}."
+        advice = f"{100 * share:.0f} % of the score to expect above {floor} is left: {ADVICE[choice]}."
     figures = [
         Reason("old deployment", metric.format_score(old[0]), f"{metric.name} of the old weights on the old base"),
         Reason("as they are", metric.format_score(new[0]), "the same weights on the new base, without any tuning"),
-        Reason("guessing", metric.format_score(chance), guess),
+        Reason(floor.removeprefix("the "), metric.format_score(chance), guess),
     ]
     if gain is not None:
         figures.append(_probe_reason(metric, gain))
@@ -131,13 +136,16 @@ def _probe_reason(metric: Metric, gain: Interval) -> Reason:
 def _answer(context: QuestionContext) -> Verdict:
     """Judge the adaptation on the new base without further tuning, whether or not there is a counterpart."""
     pair = context.direct
+    if pair.chance is None:
+        return Verdict("unknown", 0.0, None, _reasons(context), WITHOUT_LABELS)
     return verdict(
         pair.data.scoring,
         pair.split.targets,
         pair.old_predictions,
         pair.new_predictions,
-        chance_score(pair.data, pair.split),
+        pair.chance,
         guess=pair.data.task.guess,
+        floor=pair.floor,
         gain=context.answer_to(PROBE),
         weakness=weakness(pair.data, pair.split),
         reasons=_reasons(context),
@@ -154,7 +162,9 @@ def _reasons(context: QuestionContext) -> tuple[Reason, ...]:
             ("negative flips", check.negative_flips, "of the examples were right and are wrong"),
             ("distance of the bases", check.relative, "of the old base's norm"),
         )
-        reasons += [Reason(name, f"{100 * share:.1f} %", meaning) for name, share, meaning in shares]
+        reasons += [
+            Reason(name, f"{100 * share:.1f} %", meaning) for name, share, meaning in shares if share is not None
+        ]
     segment = context.answer_to(CONNECTIVITY)
     if segment is not None:
         height = max(segment.barrier.values())
