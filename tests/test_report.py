@@ -25,7 +25,7 @@ from regraft.diagnosis import read_diagnosis
 from regraft.errors import OutcomeError, RecipeError
 from regraft.report import write_report
 from regraft.report.find import sanitise
-from regraft.task.types import MarkedText, Scatter, Span, Table, TextClassification
+from regraft.task.types import AnswerPair, Answers, MarkedText, Scatter, Span, Table, TextClassification
 from regraft.task.types.class_metrics import ACCURACY
 from regraft.task.types.view import Column, Series
 
@@ -361,6 +361,13 @@ def test_views_of_any_task_type_are_drawn(tmp_path, visit):
         MarkedText(
             "Tags in context", ((Span("Ada "), Span("Lovelace", f"PER{ATTACK}"), Span(" wrote.")), (Span(ATTACK),))
         ),
+        Answers(
+            "Side by side",
+            (
+                AnswerPair(7, "negative", f"Name a fruit.\n{ATTACK}", None, "pear", f"{ATTACK} " * 300),
+                AnswerPair(3, "changed", "Name a colour.", "red", "blue", " "),
+            ),
+        ),
     )
     content["answers"]["regressions"]["views"] = [dataclasses.asdict(view) for view in views]
     write_diagnosis(tmp_path / "check", json.loads(json.dumps(content)))
@@ -369,7 +376,16 @@ def test_views_of_any_task_type_are_drawn(tmp_path, visit):
     assert page.locator("section[id$=spread] svg").count() == 1
     assert page.locator("ul.marked li").first.inner_text() == f"Ada LovelacePER{ATTACK} wrote."
     assert page.locator("ul.marked mark").count() == 1
+    assert page.locator("table.flips").count() == 0  # the answers are in place of it
+    assert page.locator(".pair dt").all_inner_texts() == ["before", "after", "reference", "before", "after"]
+    page.locator("[data-search]").fill("Colour RED")
+    assert page.locator(".pair:visible .mark").all_inner_texts() == ["≠ changed answer row 3"]
+    page.locator("[data-kind]").first.select_option("negative")
+    assert page.locator(".pair:visible").count() == 0
+    page.locator("[data-search]").fill("7")
+    assert page.locator("[data-count]").inner_text() == "1"
     text = write_report(tmp_path, tmp_path / "page.md", "md").read_text(encoding="utf-8")
+    assert "- row 3, changed answer\n  - prompt: Name a colour.\n  - reference: red\n" in text
     assert "Ada **Lovelace** (PER" in text
     assert "| B-PER" in text
     content["answers"]["regressions"]["views"][2]["view"] = "hologram"

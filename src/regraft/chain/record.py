@@ -13,6 +13,7 @@ from regraft.chain.file import Route  # noqa: TC001
 from regraft.checkpoint import read_json
 from regraft.checkpoint.record import Count, read_record
 from regraft.errors import CheckpointError, OutcomeError
+from regraft.task.types.type import DEFAULT_TYPE
 
 RECORD = "chain.json"
 """The name of the file that holds the results, in a chain's folder."""
@@ -34,8 +35,8 @@ class ChainRow:
         method: The method that made the adaptation; `tune` on the first base.
         route: `hop by hop` or `at once`; None on the first two bases and for scratch, where the routes are the same.
         score: The score on test, or on dev if there is no test split.
-        start: The score on dev before the first step.
-        majority: The chance score on the split of `score`.
+        start: The score on dev before the first step, by the metric that selects the best weights.
+        majority: The chance score on the split of `score`: for a language model, that of the bare base.
         negative_flips: The share of examples, of the split of `score`, that were right on the first base and are wrong
             here; None if the predictions cannot be compared.
         steps: The number of training steps on this base alone.
@@ -45,6 +46,7 @@ class ChainRow:
             an outcome. A refused hop has no scores, and its steps and labels are 0.
         metric: The name of the task's metric. Records of regraft 0.1 lack it. The default stands for any metric of that
             version: of all of them, higher is better and 1 is the highest score.
+        type: The name of the task type. Records of earlier versions lack it.
     """
 
     task: str
@@ -62,6 +64,7 @@ class ChainRow:
     outcome: str
     refused: str | None = None
     metric: str = "accuracy"
+    type: str = DEFAULT_TYPE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,15 +6,20 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from regraft.adaptation import load_adaptation
 from regraft.adaptation.outcome_record import BaseRecord
+from regraft.adaptation.template import with_adaptation_texts
+from regraft.adaptation.tokens import with_adaptation_tokens
 from regraft.base import Base
 from regraft.chain.file import folder_name
 from regraft.chain.record import RECORD, ChainRecord, ChainRow
 from regraft.checkpoint import check_output_path, write_json
 from regraft.errors import CheckpointError, DataError, DiskFullError, MismatchError, RecipeError
 from regraft.methods import recycle, tune
+from regraft.methods.references import measure_bare_base
 from regraft.progress import Progress, silent
-from regraft.task import count_flips
+from regraft.recipe import Recipe
+from regraft.task import count_flips, load_data
 from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
@@ -163,13 +168,28 @@ class _ChainRun:
                 _empty_row(series, hop),
                 score=scores.of(split),
                 start=scores.dev_at_start,
-                majority=scores.majority(split),
+                majority=self._chance_score(series, hop, outcome, scores.majority(split)),
                 negative_flips=count_flips(old_right, new_right).negative_rate if are_comparable else None,
                 steps=cost.steps,
                 labels=cost.labels,
                 outcome=str(outcome.path.relative_to(self.out)),
             )
         )
+
+    def _chance_score(self, series: _Series, hop: _Hop, outcome: Outcome, majority: float | None) -> float | None:
+        """Return the chance score on a hop's new base: the bare base's if it answers in place of guessing."""
+        if majority is not None or not series.task.head_in_base:
+            return majority
+        task = series.task if hop.method == "tune" else series.task.with_shots(self.chain.shots)
+        data = load_data(task, series.seed)
+        if not data.labelled:
+            return None
+        base = self.bases[hop.new_base]
+        adaptation = load_adaptation(outcome.path)
+        base = with_adaptation_texts(adaptation, with_adaptation_tokens(adaptation, Upgrade(base, base)).old)
+        precision = Recipe(precision=self.chain.precision).resolve_precision()
+        name = f"base-{hop.new_base}"
+        return measure_bare_base(base, data, precision, self.out, name, self.progress).score
 
     def _add_refusal(self, series: _Series, hop: _Hop, error: RegraftError) -> None:
         """Record the error that refused a hop; raise the error if the disk is full."""
@@ -210,4 +230,5 @@ def _empty_row(series: _Series, hop: _Hop) -> ChainRow:
         labels=0,
         outcome="",
         metric=series.task.metric,
+        type=series.task.type,
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.adaptation import Outcome, is_right
+from regraft.adaptation.outcome import PREDICTIONS_FILE
 from regraft.adaptation.outcome_record import OutcomeRecord, read_outcome_record
 from regraft.adaptation.record import OUTCOME_FILE
 from regraft.checkpoint import read_json, read_json_lines
@@ -17,6 +19,7 @@ from regraft.diagnosis.record import DIAGNOSIS_FILE
 from regraft.errors import CheckpointError, OutcomeError
 from regraft.methods import Comparison, read_comparison
 from regraft.methods.comparison import COMPARISON_FILE
+from regraft.methods.references import OLD_DEPLOYMENT, reference_folder
 from regraft.printable import printable
 
 if TYPE_CHECKING:
@@ -32,12 +35,14 @@ class Run:
         record: The content of the folder's `outcome.json`.
         curve: The learning curve: for each evaluation, at least the `step` and the dev `score`.
         right: Whether each prediction is right, by split and row number; None without a label.
+        answers: The lines of `predictions.jsonl` that have a prompt and so an answer to show, by split.
     """
 
     path: Path
     record: OutcomeRecord
     curve: list[dict[str, float]]
     right: dict[tuple[str, int], bool | None]
+    answers: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +119,12 @@ def _load_run(folder: Path, record: OutcomeRecord) -> Run:
     outcome = Outcome(folder, record)
     try:
         curve = [{name: float(value) for name, value in point.items()} for point in outcome.curve]
-        predictions = read_json_lines(folder / "predictions.jsonl")
-        right = {(row["split"], row["row"]): is_right(row) for row in predictions}
+        right = {}
+        answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in read_json_lines(folder / PREDICTIONS_FILE):
+            right[row["split"], row["row"]] = is_right(row)
+            if "prompt" in row:
+                answers[row["split"]].append(sanitise(row))
         if (not curve and not record.has_empty_curve) or any(
             "step" not in point or "score" not in point for point in curve
         ):
@@ -125,7 +134,27 @@ def _load_run(folder: Path, record: OutcomeRecord) -> Run:
             f"{folder}: is incomplete: curve.jsonl or predictions.jsonl cannot be read ({error!r:.400}). "
             "Remove the folder and run its method again."
         ) from error
-    return Run(folder, record, curve, right)
+    return Run(folder, record, curve, right, dict(answers))
+
+
+def old_answers(folder: Path, digest: str) -> list[dict[str, Any]]:
+    """Read the old deployment's answers, which a comparison stores.
+
+    Args:
+        folder: The folder of the comparison.
+        digest: The digest of the task's data.
+
+    Returns:
+        The lines of `predictions.jsonl` for the comparison's split; empty if there are none.
+
+    Raises:
+        OutcomeError: A line is malformed.
+    """
+    file = reference_folder(folder, OLD_DEPLOYMENT, digest) / PREDICTIONS_FILE
+    try:
+        return [sanitise(row) for row in read_json_lines(file) if "prompt" in row] if file.is_file() else []
+    except CheckpointError as error:
+        raise OutcomeError(f"{error} Remove its folder and run `regraft compare` again.") from error
 
 
 def _read_sanitised(file: Path) -> dict[str, Any]:

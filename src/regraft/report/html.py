@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.report.svg import inline_svg
+from regraft.report.wording import CHANGE_WORDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,6 +48,7 @@ def to_html(page: Page, svg_files: Mapping[str, bytes]) -> str:
     return environment.get_template("page.html.j2").render(
         page=page,
         svg=svg,
+        change_words=CHANGE_WORDS,
         style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         digest=digest,

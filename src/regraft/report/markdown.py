@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from regraft.report.page import Charts, Commands, Facts, FlipBrowser, MarkedTexts, Prose, Table
-from regraft.report.wording import number, percent, shorten
+from regraft.report.page import AnswerBrowser, Charts, Commands, Facts, FlipBrowser, MarkedTexts, Prose, Table
+from regraft.report.wording import CHANGE_WORDS, number, percent, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # A comment on a pull request takes 65,536 characters; 50 × 300 are a quarter of them.
 MAX_FLIPS = 50
 MAX_FLIP_CHARACTERS = 300
+MAX_ANSWER_PAIRS = 12  # of up to four texts each, which makes them as many as the flips
 _SPECIAL = re.compile(r"([\\`*_\[\]~|])")
 
 
@@ -66,6 +67,8 @@ def _block(block: Block, links: Mapping[str, str]) -> list[str]:
     if isinstance(block, MarkedTexts):
         texts = ["".join(_span(text, mark) for text, mark in spans) for spans in block.texts]
         return [f"**{_escape(block.caption)}**", "", *(f"- {text}" for text in texts), ""]
+    if isinstance(block, AnswerBrowser):
+        return _answers(block)
     if isinstance(block, FlipBrowser):
         return _flips(block)
     assert isinstance(block, Charts)
@@ -117,6 +120,17 @@ def _flips(browser: FlipBrowser) -> list[str]:
     if omitted > 0:
         lines += [f"{omitted:,} more are in the HTML report and in `diagnosis.json`.", ""]
     return lines
+
+
+def _answers(browser: AnswerBrowser) -> list[str]:
+    """Write the first answers as nested lists, with the number of examples that are left out."""
+    lines = [f"**{_escape(browser.caption)}**", ""]
+    for pair in browser.pairs[:MAX_ANSWER_PAIRS]:
+        lines.append(f"- row {pair.row}, {CHANGE_WORDS[pair.change]}")
+        for name, text in (("prompt", pair.prompt), *pair.texts):
+            lines.append(f"  - {name}: {_escape(shorten(text, MAX_FLIP_CHARACTERS)) or '(empty)'}")
+    omitted = len(browser.pairs) - MAX_ANSWER_PAIRS
+    return [*lines, "", *([f"{omitted:,} more are in the HTML report.", ""] if omitted > 0 else [])]
 
 
 def _facts(facts: Iterable[Fact]) -> list[str]:

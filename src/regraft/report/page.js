@@ -28,7 +28,7 @@
     var form = browser.querySelector("[data-controls]"), search = form.querySelector("[data-search]");
     var kind = form.querySelector("[data-kind]"), label = form.querySelector("[data-label]");
     var count = browser.querySelector("[data-count]"), noMatch = browser.querySelector("[data-no-match]");
-    var entries = Array.from(browser.querySelectorAll("tbody tr"), function (row) {
+    var entries = Array.from(browser.querySelectorAll("tbody tr, [data-entry]"), function (row) {
       return { row: row, text: row.textContent.toLowerCase() };
     });
     function filter() {

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from regraft.diagnosis.regressions import Flip
+    from regraft.task.types import AnswerPair
 
 Fact = tuple[str, str, str]
 """A figure's name, value and meaning."""
@@ -112,6 +113,19 @@ class MarkedTexts:
 
 
 @dataclasses.dataclass(frozen=True)
+class AnswerBrowser:
+    """A searchable list of the answers of two models side by side.
+
+    Args:
+        caption: The heading.
+        pairs: The answers to each prompt.
+    """
+
+    caption: str
+    pairs: tuple[AnswerPair, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class FlipBrowser:
     """A searchable table of flips.
 
@@ -128,7 +142,7 @@ class FlipBrowser:
         return labels if 2 * len(labels) <= len(self.flips) else []  # such as numbers, or the tags of sentences
 
 
-Block = Table | Charts | Facts | Prose | Commands | MarkedTexts | FlipBrowser
+Block = Table | Charts | Facts | Prose | Commands | MarkedTexts | AnswerBrowser | FlipBrowser
 
 
 @dataclasses.dataclass(frozen=True)

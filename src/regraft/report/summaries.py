@@ -9,11 +9,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.report.wording import base_name
+from regraft.report.find import old_answers
+from regraft.report.wording import base_name, chance_name
 from regraft.task import count_flips, deviation, find_metric, recovery
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from regraft.methods import Comparison
     from regraft.report.find import ReportInputs, Run
@@ -26,9 +27,10 @@ class MethodSummary:
     Args:
         method: The method's name.
         seeds: The seeds of the runs.
-        start: The dev score before the first step; None if it was not measured.
-        best_dev: The best dev score during training, or the last if the learning curve is agreement with the old model;
-            None without labels.
+        start: The dev score before the first step, by the setting's curve metric; None if it was not measured.
+        best_dev: The best dev score during training, by the setting's curve metric, or if the learning curve is
+            agreement with the old model, the final weights' dev score; None without labels, or if that is by another
+            metric.
         score: The final weights' score on the setting's split; None without labels.
         deviation: The sample standard deviation of `score` over seeds; None for one seed or if a score is missing.
         recovery: (score − chance) / (scratch's score − chance); None without scratch, or if scratch gains too little
@@ -65,23 +67,46 @@ class Setting:
 
     Args:
         description: The kind, the base and the amount of training data, in words.
+        type: The name of the task type.
         metric: The name of the task's metric.
+        selection: The name of the metric by which the best weights were selected; None if it is `metric`.
         split: The split of the scores, `test` or `dev`.
         summaries: The methods: scratch first, then from the best to the worst score.
         scratch_dev: Scratch's last dev score; None without a run of scratch.
         old_score: The old deployment's score; None if it is unknown.
-        chance: The score of the best constant prediction; None if it is unknown.
+        chance: The score of the best constant prediction or of the bare new base; None if it is unknown.
         runs: The runs behind the summaries.
+        comparison: The comparison that the runs belong to, if it is among the inputs.
+        old_answers: The old deployment's answers for the split, as lines of `predictions.jsonl`.
     """
 
     description: str
+    type: str
     metric: str
+    selection: str | None
     split: str
     summaries: tuple[MethodSummary, ...]
     scratch_dev: float | None
     old_score: float | None
     chance: float | None
     runs: tuple[Run, ...]
+    comparison: Comparison | None
+    old_answers: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def curve_metric(self) -> str:
+        """The name of the metric of learning curves, and of `MethodSummary.start` and `best_dev`."""
+        return self.selection or self.metric
+
+    @property
+    def chance_name(self) -> str:
+        """The name of the model whose score is chance."""
+        return chance_name(self.type)
+
+    @property
+    def dev(self) -> str:
+        """What learning curves show, in words: dev, or the metric on dev if it is not the task's."""
+        return f"dev {self.selection}" if self.selection else "dev"
 
 
 def settings_by_task(inputs: ReportInputs) -> dict[str, list[Setting]]:
@@ -97,7 +122,15 @@ def settings_by_task(inputs: ReportInputs) -> dict[str, list[Setting]]:
     runs_by_setting: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in inputs.runs:
         task = run.record.task
-        key = (task.name, task.type, task.metric, run.record.base.fingerprint, run.record.kind, task.train)
+        key = (
+            task.name,
+            task.type,
+            task.metric,
+            task.selection,
+            run.record.base.fingerprint,
+            run.record.kind,
+            task.train,
+        )
         runs_by_setting[key].append(run)
     settings: dict[str, list[Setting]] = defaultdict(list)
     for runs in sorted(runs_by_setting.values(), key=len, reverse=True):
@@ -114,14 +147,19 @@ def _setting(runs: list[Run], inputs: ReportInputs) -> Setting:
     split = "test" if all(run.record.scores.test is not None for run in runs) else "dev"
     scratch_runs = {run.record.seed: run for run in runs if run.record.method == "scratch"}
     old_runs = {run.path: _find_old_deployment(run, inputs.runs) for run in runs}
-    comparison = _find_comparison(runs[0], inputs.comparisons)
+    folder = next((folder for folder in inputs.comparisons if folder in runs[0].path.parents), None)
+    comparison = inputs.comparisons[folder] if folder else None
     runs_by_method: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         runs_by_method[run.record.method].append(run)
+    chance = _mean([run.record.scores.majority(split) for run in runs])
+    if chance is None and comparison and comparison.split == split:
+        chance = comparison.majority
     summaries = []
     for method_runs in runs_by_method.values():
         figures = [
-            _run_figures(run, scratch_runs.get(run.record.seed), old_runs[run.path], split) for run in method_runs
+            _run_figures(run, scratch_runs.get(run.record.seed), old_runs[run.path], split, chance)
+            for run in method_runs
         ]
         summaries.append(_summary(method_runs, figures, comparison))
     if comparison and comparison.split == split:
@@ -130,14 +168,28 @@ def _setting(runs: list[Run], inputs: ReportInputs) -> Setting:
         old_score = _mean([old_run.record.scores.of(split) for old_run in old_runs.values() if old_run])
     return Setting(
         description=f"{record.kind} on {base_name(record.base.name)}, {record.task.train:,} training examples",
+        type=record.task.type,
         metric=record.task.metric,
+        selection=record.task.selection,
         split=split,
         summaries=_sort_summaries(summaries, record.task.metric),
         scratch_dev=_mean([run.curve[-1]["score"] for run in scratch_runs.values()]),
         old_score=old_score,
-        chance=_mean([run.record.scores.majority(split) for run in runs]),
+        chance=chance,
         runs=tuple(runs),
+        comparison=comparison,
+        old_answers=tuple(_old_answers(runs[0], old_runs[runs[0].path], folder, split)),
     )
+
+
+def _old_answers(run: Run, old: Run | None, folder: Path | None, split: str) -> list[dict[str, Any]]:
+    """Return the old deployment's answers, from its run or else from the folder of a comparison."""
+    if not run.answers.get(split):
+        return []
+    if old and old.answers.get(split):
+        return old.answers[split]
+    rows = old_answers(folder, run.record.task.digest) if folder else []
+    return [row for row in rows if row["split"] == split]
 
 
 def _summary(runs: list[Run], figures: list[dict[str, float | None]], comparison: Comparison | None) -> MethodSummary:
@@ -157,12 +209,14 @@ def _summary(runs: list[Run], figures: list[dict[str, float | None]], comparison
     )
 
 
-def _run_figures(run: Run, scratch: Run | None, old: Run | None, split: str) -> dict[str, float | None]:
+def _run_figures(
+    run: Run, scratch: Run | None, old: Run | None, split: str, setting_chance: float | None
+) -> dict[str, float | None]:
     """Return the figures of one run, by the names of the fields of `MethodSummary` that average them."""
     scores = run.record.scores
     cost = run.record.cost
-    metric = find_metric(run.record.task.metric)
-    chance = scores.majority(split)
+    metric, curve_metric = find_metric(run.record.task.metric), find_metric(run.record.task.curve_metric)
+    chance = setting_chance if scores.majority(split) is None else scores.majority(split)
     score = scores.of(split)
     share = None
     steps_to_scratch = None
@@ -172,11 +226,11 @@ def _run_figures(run: Run, scratch: Run | None, old: Run | None, split: str) -> 
             share = recovery(score, chance, reference, metric)
         scratch_dev = scratch.curve[-1]["score"]
         steps_to_scratch = next(
-            (point["step"] for point in _scored_curve(run) if metric.gain(point["score"], scratch_dev) >= 0), None
+            (point["step"] for point in _scored_curve(run) if curve_metric.gain(point["score"], scratch_dev) >= 0), None
         )
-    best_dev = scores.dev
+    best_dev = scores.dev if run.record.task.selection is None else None
     if scores.dev is not None and not run.record.curve_is_agreement:
-        best_dev = max((point["score"] for point in run.curve), key=metric.merit)
+        best_dev = max((point["score"] for point in run.curve), key=curve_metric.merit)
     return {
         "start": None if run.record.curve_is_agreement else scores.dev_at_start,
         "best_dev": best_dev,
@@ -193,14 +247,6 @@ def _run_figures(run: Run, scratch: Run | None, old: Run | None, split: str) -> 
 def _scored_curve(run: Run) -> list[dict[str, float]]:
     """Return the learning curve; empty if its scores are agreement, which has no relation to the metric."""
     return [] if run.record.curve_is_agreement else run.curve
-
-
-def _find_comparison(run: Run, comparisons: Mapping[Path, Comparison]) -> Comparison | None:
-    """Return the comparison that a run belongs to, which is in a folder above the run's."""
-    for folder, comparison in comparisons.items():
-        if folder in run.path.parents:
-            return comparison
-    return None
 
 
 def _find_old_deployment(run: Run, runs: Sequence[Run]) -> Run | None:
@@ -273,11 +319,14 @@ def _setting_of_comparison(comparison: Comparison) -> Setting:
     ]
     return Setting(
         description="as compared; the outcome folders are elsewhere",
+        type=comparison.type,
         metric=comparison.metric,
+        selection=comparison.selection,
         split=comparison.split,
         summaries=_sort_summaries(summaries, comparison.metric),
         scratch_dev=None,
         old_score=comparison.old,
         chance=comparison.majority,
         runs=(),
+        comparison=comparison,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from regraft.task.types import task_types
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -13,6 +15,13 @@ if TYPE_CHECKING:
 
 MISSING = "–"
 """What a cell shows in place of a missing figure."""
+CHANGE_WORDS = {
+    "negative": "negative flip",
+    "positive": "positive flip",
+    "changed": "changed answer",
+    "same": "same answer",
+}
+"""What an upgrade did to an answer, in words."""
 SMALL_CELL = 5e-4
 """The size below which three decimals would show a cell of a table view as 0."""
 
@@ -57,6 +66,15 @@ def score_axis_label(metric: Metric, split: str) -> str:
         split: The split that is scored.
     """
     return f"{metric.name} on {split}" + ("" if metric.higher_is_better else ", lower is better")
+
+
+def chance_name(task_type: str) -> str:
+    """Return the name of the model whose score is chance: guessing, or the bare new base where that answers instead.
+
+    Args:
+        task_type: The name of the task type.
+    """
+    return "the bare new base" if task_types()[task_type].head_in_base else "guessing"
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -7,6 +7,7 @@ from regraft.report.charts.bars import draw_group_shifts, draw_method_scores, dr
 from regraft.report.charts.curves import (
     draw_cka,
     draw_compatibility,
+    draw_knowledge,
     draw_learning_curves,
     draw_scatter,
     draw_segment,
@@ -22,6 +23,7 @@ __all__ = [
     "draw_compatibility",
     "draw_group_shifts",
     "draw_heads",
+    "draw_knowledge",
     "draw_learning_curves",
     "draw_method_scores",
     "draw_plane",

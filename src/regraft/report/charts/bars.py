@@ -49,7 +49,7 @@ def draw_method_scores(setting: Setting) -> Figure:
         _draw_method(axes, y, method, score, deviations[method], metric)
     merits = [metric.merit(score) for score in scores.values()]
     low, high = min(merits), max(merits)
-    levels = ((setting.chance, "guessing", (0, (1, 2))), (setting.old_score, "old deployment", (0, (5, 2))))
+    levels = ((setting.chance, setting.chance_name, (0, (1, 2))), (setting.old_score, "old deployment", (0, (5, 2))))
     for level, name, dashes in levels:
         if level is not None and low - metric.merit(level) < high - low:  # one far away would squeeze the methods
             label = f"{name} {score_text(level, metric)}"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from regraft.diagnosis import CompatibilityPoint
+    from regraft.diagnosis import CompatibilityPoint, Knowledge
     from regraft.task import Metric
     from regraft.task.types import Scatter
 
@@ -109,13 +109,16 @@ def _draw_barrier(axes: Axes, mu: Sequence[float], curve: Sequence[float], split
         axes.plot((x, x), (chord[top], curve[top]), color=INK, linewidth=1.3, marker="_", zorder=4)
 
 
-def draw_compatibility(points: Sequence[CompatibilityPoint], metric: str, chance: float) -> Figure:
+def draw_compatibility(
+    points: Sequence[CompatibilityPoint], metric: str, chance: float | None, floor: str = "guessing"
+) -> Figure:
     """Draw the score and, if the metric is bounded, the agreement of the old adaptation on checkpoints of its base.
 
     Args:
         points: The old base, then the checkpoints of a diagnosis, in order of pre-training.
         metric: The name of the metric.
-        chance: The score of the best constant prediction.
+        chance: The chance score; None to draw none.
+        floor: The name of what has the chance score.
 
     Returns:
         The figure; its horizontal axis shows pre-training steps if all points have them, else checkpoints.
@@ -128,9 +131,11 @@ def draw_compatibility(points: Sequence[CompatibilityPoint], metric: str, chance
     axes.plot(x, [point.score for point in points], label=f"{metric} of the old weights", **_line_style(0))
     score_metric = find_metric(metric)
     if score_metric.is_bounded:  # else the two have no common scale
-        agreement = [point.agreement for point in points]
+        agreement = [math.nan if point.agreement is None else point.agreement for point in points]
         axes.plot(x, agreement, label="agreement with the old deployment", **_line_style(1))
-    axes.axhline(chance, color=SOFT, linewidth=1, linestyle=(0, (1, 2)), label="guessing")
+    if chance is not None:
+        label = floor.removeprefix("the ")
+        axes.axhline(chance, color=SOFT, linewidth=1, linestyle=(0, (1, 2)), label=label)
     if has_steps:
         axes.set_xlabel("pre-training steps since the old base")
     else:
@@ -186,6 +191,47 @@ def draw_scatter(view: Scatter) -> Figure:
     if are_shares:
         axes.set_ylim(-0.03, 1.05)
     add_legend(axes, 1)
+    return figure
+
+
+def draw_knowledge(knowledge: Knowledge, behaviour: Metric) -> Figure:
+    """Draw the new knowledge of models against their old behaviour; the better, the further up and to the right.
+
+    Args:
+        knowledge: The two figures of each model; those without an old behaviour are left out.
+        behaviour: The metric of the old behaviour.
+
+    Returns:
+        The figure, with a circle for each base and a square for each deployment, blue on the new base.
+    """
+    metric = find_metric(knowledge.metric)
+    figure = new_figure(WIDE, 3.3)
+    axes = figure.add_subplot()
+    merits = [behaviour.merit(model.old_behaviour) for model in knowledge.models if model.old_behaviour is not None]
+    middle = (min(merits) + max(merits)) / 2
+    for model in knowledge.models:
+        if model.old_behaviour is None:
+            continue
+        point = (model.old_behaviour, model.new_knowledge)
+        is_old = model.model.startswith("old")
+        colour = VERMILLION if is_old else BLUE
+        axes.plot(*point, marker="o" if "base" in model.model else "s", markersize=7, color=colour, linestyle="none")
+        is_right = behaviour.merit(model.old_behaviour) > middle
+        axes.annotate(
+            shorten(model.model, 30),
+            point,
+            xytext=(-8 if is_right else 8, 5 if is_old else -12),  # old and new are often close together
+            textcoords="offset points",
+            ha="right" if is_right else "left",
+            fontsize=8,
+            color=INK,
+        )
+    axes.margins(x=0.08, y=0.25)
+    cap_score_axis(axes, behaviour, "x")
+    for axis, axis_metric in ((axes.xaxis, behaviour), (axes.yaxis, metric)):
+        axis.set_inverted(not axis_metric.higher_is_better)
+    axes.set_xlabel(f"old behaviour: {score_axis_label(behaviour, 'the task')}")
+    axes.set_ylabel(f"new knowledge: {metric.name}" + ("" if metric.higher_is_better else ", lower is better"))
     return figure
 
 

@@ -83,7 +83,9 @@ def _subtitle(settings: list[Setting], diagnosis: Diagnosis | None) -> str:
         check = diagnosis.check
         bases = f"{base_name(diagnosis.old_base)} → {base_name(diagnosis.new_base)}"
         examples = f"{check.examples:,} examples of {check.split}"
-        score = score_text(check.old, find_metric(diagnosis.metric))
-        return f"{bases} · {diagnosis.kind} · {examples} · {diagnosis.metric} {score} before"
+        subtitle = f"{bases} · {diagnosis.kind} · {examples}"
+        if check.old is None:
+            return subtitle
+        return f"{subtitle} · {diagnosis.metric} {score_text(check.old, find_metric(diagnosis.metric))} before"
     num_methods = sum(len(setting.summaries) for setting in settings)
     return f"{settings[0].metric} on {settings[0].split} · {num_methods} method{'' if num_methods == 1 else 's'}"

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from regraft.report.page import Facts, Section
-from regraft.report.wording import join_words, percent, score_text
+from regraft.report.wording import MISSING, join_words, percent, score_text
 from regraft.task import find_metric
 
 if TYPE_CHECKING:
     from regraft.diagnosis import Check, Diagnosis
+    from regraft.report.page import Fact
+    from regraft.task import Metric
 
 ORDER = 10
 
@@ -26,19 +28,31 @@ def show(check: Check, diagnosis: Diagnosis, prefix: str) -> list[Section]:
         A single section.
     """
     metric = find_metric(check.metric)
-    facts = (
+    facts = [
         ("before", score_text(check.old, metric), f"{check.metric} of the old weights on the old base"),
         ("after", score_text(check.new, metric), "the same weights on the new base, as they are"),
-        ("guessing", score_text(check.floor, metric), f"always {check.guess}"),
-        ("survives", percent(check.retained, 0), "of the score above guessing"),
+        _floor_fact(check, metric),
+        ("survives", percent(check.retained, 0), f"of the score above {check.floor_name}"),
         ("negative flips", percent(check.negative_flips), "right before, wrong after"),
         ("positive flips", percent(check.positive_flips), "wrong before, right after"),
         ("agreement", percent(check.agreement), "between the predictions before and after"),
         ("effect", percent(check.effect), "how much the adaptation changes what the head reads"),
         ("lineage", check.lineage, "whether the adaptation records this old base"),
-    )
+    ]
     lead = check.verdict
     if diagnosis.left_out:
         names = join_words(sorted(diagnosis.left_out))
         lead += f" Not answered here: {names}; the reasons are under provenance."
-    return [Section("upgrade", "Old weights on the new base", lead, (Facts(facts),))]
+    return [
+        Section(
+            "upgrade",
+            "Old weights on the new base",
+            lead,
+            (Facts(tuple(fact for fact in facts if fact[1] != MISSING)),),
+        )
+    ]
+
+
+def _floor_fact(check: Check, metric: Metric) -> Fact:
+    meaning = f"always {check.guess}" if check.floor_name == "guessing" else check.guess
+    return check.floor_name.removeprefix("the "), score_text(check.floor, metric), meaning

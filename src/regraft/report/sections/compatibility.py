@@ -32,9 +32,10 @@ def show(points: tuple[CompatibilityPoint, ...], diagnosis: Diagnosis, prefix: s
     first_score, last_score = (score_text(point.score, metric) for point in (first, last))
     finding = (
         f"Over {len(points)} checkpoints the {metric.name} of the old weights goes from {first_score} "
-        f"({base_name(first.name)}) to {last_score} ({base_name(last.name)}), "
-        f"with an agreement of {percent(last.agreement)} with the old deployment at the end."
+        f"({base_name(first.name)}) to {last_score} ({base_name(last.name)})"
     )
+    if last.agreement is not None:
+        finding += f", with an agreement of {percent(last.agreement)} with the old deployment at the end"
     columns = ("checkpoint", "steps", "distance from the old base", metric.name, "loss", "agreement")
     rows = tuple(
         (
@@ -48,7 +49,7 @@ def show(points: tuple[CompatibilityPoint, ...], diagnosis: Diagnosis, prefix: s
         for point in points
     )
     title = "Old weights on later checkpoints"
-    figure = draw_compatibility(points, metric.name, diagnosis.check.floor)
-    chart = Chart(f"{prefix}-compatibility", title, finding, figure, Table(title, columns, rows), wide=True)
+    figure = draw_compatibility(points, metric.name, diagnosis.check.floor, diagnosis.check.floor_name)
+    chart = Chart(f"{prefix}-compatibility", title, f"{finding}.", figure, Table(title, columns, rows), wide=True)
     lead = "How well the old weights, without any tuning, work on later and later checkpoints of the base."
     return [Section("compatibility", "Compatibility over checkpoints", lead, (Charts((chart,)),))]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from regraft.report.charts import draw_learning_curves, draw_method_scores
+from regraft.report.comparison_tables import harness_table, keep_table
 from regraft.report.page import Block, Chart, Charts, Prose, Section, Table
+from regraft.report.sections.answers import answer_blocks
 from regraft.report.wording import MISSING, duration, integer, join_words, number, percent, score_text
 from regraft.task import find_metric
 
@@ -38,18 +40,27 @@ def method_sections(settings: list[Setting], prefix: str) -> list[Section]:
         if sum(summary.score is not None for summary in setting.summaries) > 1:
             methods.append(Charts((_score_chart(setting, name),)))
         methods += [Prose(note) for note in _notes(setting)]
+        if setting.comparison:
+            tables = (keep_table(setting.comparison), harness_table(setting.comparison))
+            methods += [table for table in tables if table]
         # Among several settings, one with a single method is mostly the old deployment's: nothing to compare it with.
         has_comparison = len(setting.summaries) > 1 or len(settings) == 1
         if has_comparison and any(len(summary.curve) > 1 for summary in setting.summaries):
             curves.append(Charts((_learning_chart(setting, name),)))
         costs.append(_cost_table(setting))
+    dev = settings[0].dev
     lead = (
-        "Recovery: 0 % is guessing, 100 % is scratch. Steps to scratch: until dev is where scratch ends. "
-        "Negative flips: right in the old deployment, wrong here."
+        f"Recovery: 0 % is {settings[0].chance_name}, 100 % is scratch. Steps to scratch: until {dev} is where scratch "
+        "ends. Negative flips: right in the old deployment, wrong here."
     )
     sections = [Section("methods", "Methods", lead, tuple(methods))]
+    answers = [block for setting in settings for block in answer_blocks(setting)]
+    if answers:
+        lead = f"What the old deployment and each method answer on {settings[0].split}, with the first seed."
+        sections.append(Section("answers", "Answers", lead, tuple(answers)))
     if curves:
-        lead = "Score on dev over the training steps, mean over seeds; a single mark is a method that trains nothing."
+        score = f"Score on {dev}" if dev == "dev" else dev.capitalize()
+        lead = f"{score} over the training steps, mean over seeds; a single mark is a method that trains nothing."
         sections.append(Section("learning", "Learning curves", lead, tuple(curves)))
     lead = "What each method took, mean over seeds: optimiser steps, time, and labelled examples seen."
     return [*sections, Section("cost", "Cost", lead, tuple(costs))]
@@ -59,8 +70,8 @@ def _method_table(setting: Setting) -> Table:
     """Return the scores, recovery and flips of each method."""
     columns = (
         "method",
-        "dev at step 0",
-        "dev best",
+        f"{setting.dev} at step 0",
+        f"{setting.dev} best",
         setting.split,
         "recovery",
         "steps to scratch",
@@ -68,12 +79,12 @@ def _method_table(setting: Setting) -> Table:
         "labels",
         "seeds",
     )
-    metric = find_metric(setting.metric)
+    metric, curve_metric = find_metric(setting.metric), find_metric(setting.curve_metric)
     rows = tuple(
         (
             summary.method,
-            score_text(summary.start, metric),
-            score_text(summary.best_dev, metric),
+            score_text(summary.start, curve_metric),
+            score_text(summary.best_dev, curve_metric),
             _score_with_deviation(summary, metric),
             percent(summary.recovery, 0),
             integer(summary.steps_to_scratch),
@@ -110,7 +121,7 @@ def _score_chart(setting: Setting, name: str) -> Chart:
         (summary.method, score_text(score, metric), score_text(summary.deviation, metric))
         for summary, score in measured
     ]
-    for reference, reference_score in (("old deployment", setting.old_score), ("guessing", setting.chance)):
+    for reference, reference_score in (("old deployment", setting.old_score), (setting.chance_name, setting.chance)):
         if reference_score is not None:
             rows.append((reference, score_text(reference_score, metric), MISSING))
     columns = ("method", f"{setting.metric} on {setting.split}", "deviation over seeds")
@@ -121,7 +132,7 @@ def _score_chart(setting: Setting, name: str) -> Chart:
 
 def _learning_chart(setting: Setting, name: str) -> Chart:
     """Draw the learning curves of the methods that have one."""
-    metric = find_metric(setting.metric)
+    metric = find_metric(setting.curve_metric)
     summaries = [summary for summary in setting.summaries if summary.curve]
     finding = f"Learning curves of {len(summaries)} method{'' if len(summaries) == 1 else 's'}"
     if setting.scratch_dev is not None:
@@ -131,8 +142,8 @@ def _learning_chart(setting: Setting, name: str) -> Chart:
     rows = tuple(
         (method, integer(step), score_text(score, metric)) for method, curve in curves.items() for step, score in curve
     )
-    table = Table("Learning curves", ("method", "steps", f"{setting.metric} on dev"), rows)
-    figure = draw_learning_curves(curves, setting.scratch_dev, setting.metric)
+    table = Table("Learning curves", ("method", "steps", f"{setting.curve_metric} on dev"), rows)
+    figure = draw_learning_curves(curves, setting.scratch_dev, setting.curve_metric)
     agreement_methods = dict.fromkeys(run.record.method for run in setting.runs if run.record.curve_is_agreement)
     if agreement_methods:
         finding += f"; without {join_words(agreement_methods)}, whose curve is agreement with the old model"

@@ -33,12 +33,13 @@ def show(plane: Plane, diagnosis: Diagnosis, prefix: str) -> list[Section]:
         f"On the plane through {join_words(plane.names)} the loss on {plane.split} runs from {number(min(losses))} "
         f"to {number(max(losses))}; the three lie at {coordinates}."
     )
+    grids = {"loss": plane.loss, diagnosis.metric: plane.score} if plane.score else {"loss": plane.loss}
     rows = tuple(
-        (number(x, 2), number(y, 2), number(loss, 4), number(score, 4))
-        for y, row_losses, row_scores in zip(plane.y, plane.loss, plane.score, strict=True)
-        for x, loss, score in zip(plane.x, row_losses, row_scores, strict=True)
+        (number(x, 2), number(y, 2), *(number(figure, 4) for figure in figures))
+        for y, *grid_rows in zip(plane.y, *grids.values(), strict=True)
+        for x, *figures in zip(plane.x, *grid_rows, strict=True)
     )
-    table = Table("Loss on the plane", ("along", "across", "loss", diagnosis.metric), rows)
+    table = Table("Loss on the plane", ("along", "across", *grids), rows)
     title = "Loss on the plane through three models"
     chart = Chart(f"{prefix}-plane", title, finding, draw_plane(plane), table, wide=True)
     lead = "Dark is a high loss. Models in one basin have no ridge between them."

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from regraft.report.page import Fact
     from regraft.report.summaries import Setting
 
-TONES = {"use as is": "good", "training-free": "good", "short tuning": "fair", "scratch": "poor"}
+TONES = {"use as is": "good", "training-free": "good", "short tuning": "fair", "scratch": "poor", "unknown": "plain"}
 _TITLES = {
     "use as is": "Use as is",
     "training-free": "Recycle without training",
     "short tuning": "Tune a little",
     "scratch": "Tune from scratch",
+    "unknown": "Unknown",
 }
 
 
@@ -34,7 +35,7 @@ def verdict_card(diagnosis: Diagnosis) -> Card:
         choice=_TITLES[verdict.choice],
         tone=TONES[verdict.choice],
         advice=_sentence(verdict.advice),
-        sure=verdict.sure,
+        sure=None if verdict.predicted is None else verdict.sure,
         predicted=verdict.predicted,
         reasons=tuple((reason.name, reason.value, reason.says) for reason in verdict.reasons),
     )
@@ -75,7 +76,9 @@ def outcome_card(settings: list[Setting]) -> Card:
         )
     ]
     if best.steps_to_scratch is not None:
-        reasons.append(("steps to scratch", integer(best.steps_to_scratch), "until dev is where scratch ends"))
+        reasons.append(
+            ("steps to scratch", integer(best.steps_to_scratch), f"until {setting.dev} is where scratch ends")
+        )
     if best.negative_flips is not None:
         reasons.append(("negative flips", percent(best.negative_flips), "right before the upgrade, wrong after it"))
     return _measured_card("Best method", best.method, f"{advice}.", (*reasons, *_reference_scores(setting)))
@@ -88,7 +91,7 @@ def _measured_card(label: str, method: str, advice: str, reasons: tuple[Fact, ..
 def _reference_scores(setting: Setting) -> tuple[Fact, ...]:
     scores = (
         ("old deployment", setting.old_score, "old weights on the old base"),
-        ("guessing", setting.chance, "0 %"),
+        (setting.chance_name, setting.chance, "0 %"),
     )
     metric = find_metric(setting.metric)
     return tuple((name, score_text(score, metric), meaning) for name, score, meaning in scores if score is not None)
