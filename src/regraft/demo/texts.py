@@ -36,11 +36,12 @@ _FIELD = re.compile(r"^(\w+): *(.*?)\s*$", re.MULTILINE)
 
 
 class Abstract(NamedTuple):
-    """A MEDLINE abstract: its PMID, its sections, each a category ("" if none) and a text, and its MeSH headings."""
+    """A MEDLINE abstract: its PMID, its sections, each a category ("" if none) and a text, MeSH headings and title."""
 
     pmid: str
     sections: list[tuple[str, str]]
     headings: tuple[str, ...] = ()
+    title: str = ""
 
     @property
     def text(self) -> str:
@@ -153,7 +154,9 @@ def abstracts(wheel: Path, member: str) -> Iterator[Abstract]:
                 if not any(_NOTICE.search(text) for _, text in sections):
                     headings = element.iterfind("MedlineCitation/MeshHeadingList/MeshHeading/DescriptorName")
                     names = tuple(heading.text or "" for heading in headings)
-                    yield Abstract(element.findtext("MedlineCitation/PMID", ""), sections, names)
+                    title = element.find("MedlineCitation/Article/ArticleTitle")
+                    title_text = "" if title is None else clean("".join(title.itertext()))
+                    yield Abstract(element.findtext("MedlineCitation/PMID", ""), sections, names, title_text)
             element.clear()
 
 
