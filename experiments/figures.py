@@ -244,12 +244,12 @@ def _collect_provenance(grid: Grid, outcomes: list[Outcome]) -> dict[str, Any]:
     return {
         "versions": [json.loads(text) for text in versions],
         "seeds": list(grid.seeds),
-        "old_tuning": {kind: dataclasses.asdict(recipe) for kind, recipe in grid.old_recipes.items()},
+        "old_tuning": {kind: recipe.record() for kind, recipe in grid.old_recipes.items()},
         "regimes": [
             {
                 "name": regime.name,
                 "shots": regime.shots,
-                "recipes": {kind: dataclasses.asdict(recipe) for kind, recipe in regime.recipes.items()},
+                "recipes": {kind: recipe.record() for kind, recipe in regime.recipes.items()},
             }
             for regime in grid.regimes
         ],

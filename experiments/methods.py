@@ -100,7 +100,9 @@ def prepare_grid(workers: int) -> Grid:
     }
     held_out_files = [split for file in files.values() for split in evaluation_files(file)]
     old_base, upgrades = make_bases(OUT, held_out_files, workers)
-    training_free_names = [name for name, method in methods().items() if "training" not in method.needs()]
+    training_free_names = [
+        name for name, method in methods().items() if "training" not in method.needs() and not method.generation_only
+    ]
     changes = {"max_length": MAX_LENGTH, "metric": "accuracy"}
     return Grid(
         out=OUT,

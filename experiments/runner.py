@@ -137,12 +137,18 @@ def _old_recipe(grid: Grid, kind: str, seed: int) -> Recipe:
 def _was_made_by(folder: Path, recipe: Recipe, options: Any) -> bool:
     """Return whether an outcome records this recipe and these options, which are None for a tuning."""
     inputs = load_outcome(folder).record.inputs
-    recorded = {"recipe": inputs["recipe"], "options": inputs.get("options") or {}}
+    recorded = inputs.get("options") or {}
+    fields = dataclasses.fields(options) if options is not None else ()
+    # defaults that depend on the task type are None here, and options that earlier versions lacked may not be recorded
     expected = {
-        "recipe": dataclasses.asdict(recipe),
-        "options": {} if options is None else dataclasses.asdict(options),
+        field.name: value
+        for field in fields
+        if (value := getattr(options, field.name)) is not None and (field.name in recorded or value != field.default)
     }
-    return recorded == json.loads(json.dumps(expected))
+    unset = {field.name for field in fields if getattr(options, field.name) is None}
+    set_options = {name: value for name, value in recorded.items() if name not in unset}
+    expected_inputs = json.loads(json.dumps([recipe.record(), expected]))
+    return [inputs["recipe"], set_options] == expected_inputs
 
 
 def missing_cells(grid: Grid) -> list[Cell]:

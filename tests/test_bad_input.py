@@ -209,7 +209,7 @@ def test_adaptations_of_unsupported_kinds_are_refused(run_refused, folder):
         config_file.write_text(json.dumps(changed_config))
         assert expected in run_refused_commands(run_refused, folder, "lora")[0]
     for message in run_refused_commands(run_refused, folder, "old"):
-        assert "is not a sequence classifier" in message
+        assert "is neither a classifier nor a decoder" in message
     for message in run_refused_commands(run_refused, folder, "nothing"):
         assert f"{folder / 'nothing'}: no such folder" in message
 

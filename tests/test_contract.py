@@ -16,7 +16,7 @@ import itertools
 import json
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -47,12 +47,14 @@ from regraft import Base, Recipe, Upgrade, load_adaptation, recycle
 from regraft.adaptation import KINDS, fresh_model, save_model
 from regraft.errors import KindError, MismatchError
 from regraft.methods import Objective, Start, methods, parse_options, parts
+from regraft.methods.registry import find_part_or_method
 from regraft.methods.ridge import Ridge
 from regraft.model.batches import predict
 from regraft.model.examples import encode
 from regraft.progress import quiet
-from regraft.task import Head, MultiLabelClassification, TextRegression, TokenClassification, load_data
+from regraft.task import Head, MultiLabelClassification, TextGeneration, TextRegression, TokenClassification, load_data
 from regraft.task.types import task_types
+from regraft.task.types.token_logits import TokenLogits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence
@@ -214,13 +216,16 @@ KINDS_OF_START = {  # for the starts that take some kinds only
 }
 NEW_WEIGHTS = ("scratch", "auto", "project")  # the starts whose weights differ even if the base is unchanged
 UNTRAINED = "none"
+OBJECTIVES = {name: find_part_or_method(name) for name in parts(Objective)}
+# a start that makes another kind of adaptation has tests of its own (`test_ariadne.py`)
+STARTS = tuple(name for name in parts(Start) if find_part_or_method(name).kind is None)
 OTHER_METHODS = tuple(name for name, method in methods().items() if not isinstance(method.parts[0], Start))
 DIMENSIONS = {
     "architecture": tuple(ARCHITECTURES),
     "kind": KINDS,
     # a cover takes the first of equally good values, and only `scratch` has to be trained
-    "start": (*sorted(parts(Start), key=lambda name: name == "scratch"), *OTHER_METHODS),
-    "objective": (UNTRAINED, *parts(Objective)),
+    "start": (*sorted(STARTS, key=lambda name: name == "scratch"), *OTHER_METHODS),
+    "objective": (UNTRAINED, *OBJECTIVES),
     "task_type": tuple(task_types()),
 }
 # Values that the cover tries on some architectures only: kinds that are another kind with a different option, and
@@ -230,6 +235,11 @@ Cell = tuple[str, ...]
 Value = tuple[str, str]  # a dimension and a value of it
 
 
+def generation_only(objective: str) -> bool:
+    """Return whether an objective is for the task types whose models write answers."""
+    return objective in OBJECTIVES and OBJECTIVES[objective].generation_only
+
+
 def can_meet(first: Value, second: Value) -> bool:
     """Return whether a cell may have both values. Their dimensions are in the order of `DIMENSIONS`."""
     match first, second:
@@ -237,6 +247,12 @@ def can_meet(first: Value, second: Value) -> bool:
             return kind not in UNSUPPORTED.get(architecture, ())
         case ("architecture", architecture), ("task_type", "token-classification"):
             return architecture not in WITHOUT_TAGGER
+        case ("architecture", architecture), ("task_type", "text-generation"):
+            return ARCHITECTURES[architecture].is_decoder
+        case ("architecture", architecture), ("objective", objective):
+            return ARCHITECTURES[architecture].is_decoder or not generation_only(objective)
+        case ("objective", objective), ("task_type", task_type):
+            return task_types()[task_type].head_in_base or not generation_only(objective)
         case ("kind", kind), ("start", start):
             return kind in KINDS_OF_START.get(start, KINDS)
         case ("start", "scratch"), ("objective", objective):
@@ -370,12 +386,30 @@ def write_tagging_task(folder: Path) -> Path:
     return folder / "task.yaml"
 
 
+def write_completions(folder: Path) -> Path:
+    """Write a task of text generation, whose completions are a word."""
+    folder.mkdir()
+    rng = random.Random(0)
+    for split, count in (("train", 48), ("dev", 10), ("test", 10)):
+        rows = [
+            {"prompt": make_sentence(rng, bool(i % 2)), "completion": f" {GOOD[0] if i % 2 else BAD[0]}"}
+            for i in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "task.yaml").write_text(
+        "type: text-generation\ntrain: train.jsonl\ndev: dev.jsonl\ntest: test.jsonl\nmetric: token_accuracy\n"
+        "max_new_tokens: 4\nmax_length: 32\n"
+    )
+    return folder / "task.yaml"
+
+
 TAGS = ("O", "B-good", "B-bad")
 TASKS = {  # the function that writes a task of each type, and its head
     "text-classification": (write_classes, HEAD),
     "multi-label-classification": (write_label_sets, Head(MultiLabelClassification, LABELS)),
     "text-regression": (write_numbers, Head(TextRegression, ())),
     "token-classification": (write_tagging_task, Head(TokenClassification, TAGS)),
+    "text-generation": (write_completions, Head(TextGeneration, ())),
 }
 
 
@@ -448,7 +482,7 @@ class Builder:
         folder.mkdir(parents=True)
         model, start = make_adapted_model(base, kind, head, seed)
         save_model(model, base, head, folder, start)
-        return folder, predict(model, self.examples(architecture, task_type), "fp32")
+        return folder, as_tensor(predict(model, self.examples(architecture, task_type), "fp32"))
 
     def _encode(self, architecture: str, task_type: str) -> Examples:
         """Encode the test examples of a task for an architecture."""
@@ -493,21 +527,41 @@ def test_every_cell_writes_weights_that_load_and_predict(
     if start != "auto":
         assert outcome.record.cost.steps == (0 if objective == UNTRAINED else ONE_STEP.steps)
 
-    if objective not in (UNTRAINED, "label-free") and start != "scratch":  # label-free is scored by its teacher
+    is_scored_by_teacher = objective in OBJECTIVES and bool(OBJECTIVES[objective].scores_agreement)
+    if objective != UNTRAINED and not is_scored_by_teacher and start != "scratch":
         untrained = recycle(upgrade, source, task, start, tmp_path / "start", recipe=ONE_STEP, options=options)
-        assert outcome.scores["dev_at_start"] == pytest.approx(untrained.scores["dev"], abs=1e-4)
+        expected_score = untrained.scores["dev"]
+        if TASKS[task_type][1].type.head_in_base:  # a training is judged by the loss
+            predictions = untrained.predictions("dev")
+            labels = sum(prediction["labels"] for prediction in predictions)
+            expected_score = sum(prediction["loss"] for prediction in predictions) / labels
+        assert outcome.scores["dev_at_start"] == pytest.approx(expected_score, abs=1e-4)
 
     examples = builder.examples(architecture, task_type)
-    logits = compute_logits(outcome.path, upgrade.new, examples, head)
+    outputs = compute_logits(outcome.path, upgrade.new, examples, head)
     data = load_data(task, 20)
-    predicted = data.likelihood.predict(logits).tolist()
-    expected = data.task.predictions_of_examples(predicted, data.test, examples, head.labels)
-    if task_type == "text-regression":
-        expected = pytest.approx(expected, rel=1e-5, abs=1e-5)
-    assert outcome.predictions("test") == expected
+    if head.type.head_in_base:
+        with torch.no_grad():
+            losses = data.likelihood.loss(outputs, torch.as_tensor(examples.targets))
+        rows = [examples.rows([index]) for index in range(len(examples))]
+        stored_losses = [prediction["loss"] for prediction in outcome.predictions("test")]
+        assert stored_losses == pytest.approx([float(losses[indices].sum()) for indices in rows], rel=1e-5)
+    else:
+        predicted = data.likelihood.predict(outputs).tolist()
+        expected = data.task.predictions_of_examples(predicted, data.test, examples, head.labels)
+        if task_type == "text-regression":
+            expected = pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert outcome.predictions("test") == expected
+    logits = as_tensor(outputs)
     if kind not in BOTTLENECKS:
         plain = compute_logits_without_regraft(outcome.path / "adaptation", upgrade.new, examples, head)
         torch.testing.assert_close(plain, logits[: len(plain)], atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def as_tensor(outputs: Any) -> torch.Tensor:
+    """Return outputs as a tensor, of a language model too."""
+    return outputs.dense() if isinstance(outputs, TokenLogits) else outputs
 
 
 def stored_kind(kind: str) -> str:
@@ -523,7 +577,8 @@ def compute_logits_without_regraft(folder: Path, base: Base, examples: Examples,
     auto_class = getattr(transformers, head.type.auto_class)
     with quiet():
         if (folder / "adapter_config.json").exists():
-            model = auto_class.from_pretrained(base.path, num_labels=head.num_outputs, pad_token_id=0)
+            settings = {} if head.type.head_in_base else {"num_labels": head.num_outputs}
+            model = auto_class.from_pretrained(base.path, pad_token_id=0, **settings)
             model = PeftModel.from_pretrained(model, folder)
         else:
             model = auto_class.from_pretrained(folder)
@@ -548,9 +603,9 @@ def test_every_kind_loads_as_it_was_saved(builder, architecture, kind, task_type
     assert (stored.kind, stored.labels or ()) == (stored_kind(kind), head.labels)
     assert stored.check_base(base) == "proven"
     tolerance = 1e-4 if kind in FOLDED else 1e-6
-    logits = compute_logits(folder, base, examples, head)
+    logits = as_tensor(compute_logits(folder, base, examples, head))
     torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
-    untuned = predict(fresh_model(base, head, 1), examples, "fp32")
+    untuned = as_tensor(predict(fresh_model(base, head, 1), examples, "fp32"))
     assert (expected - untuned).abs().max() > 1e-3
 
 
@@ -560,7 +615,7 @@ def test_outputs_do_not_change_if_the_base_does_not(builder, tmp_path, architect
     source, expected = builder.adaptation(architecture, kind, task_type)
     outcome = recycle(Upgrade(old, old), source, builder.task(task_type), start, tmp_path / "out", recipe=ONE_STEP)
     tolerance = 1e-4 if kind in FOLDED else 2e-5
-    logits = compute_logits(outcome.path, old, examples, TASKS[task_type][1])
+    logits = as_tensor(compute_logits(outcome.path, old, examples, TASKS[task_type][1]))
     torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
 
 

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regraft.errors import DataError
+from regraft.model.corpus import Corpus
 from regraft.task import Task, read_task
 from regraft.task.delimited import read_delimited
-from regraft.tuning.corpus import Corpus
 
 UNUSUAL_TEXTS = [
     "NA",

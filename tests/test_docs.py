@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import make_sentence, write_base, write_upgrade
+from transformers import AutoTokenizer
 
 from regraft.task import Task
 from regraft.task.types import Likelihood
@@ -28,6 +31,7 @@ PAGES = sorted(DOCS.rglob("*.md"))
 GUIDES = sorted((DOCS / "guides").glob("*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 QUICK_OPTIONS = "--steps 60 --learning-rate 3e-3 --eval-every 20"  # enough for a tiny base to learn the task
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {{ eos_token }} {% endfor %}"
 SHELL_CHARACTERS = set("|&;<>$*?")  # commands with these need a shell
 
 
@@ -126,13 +130,33 @@ def run_block(block: str, monkeypatch) -> list[Path]:
     return paths
 
 
+def write_chats(folder: Path) -> None:
+    """Write two chat models, and conversations in which an assistant names the mood of a sentence."""
+    old = write_base(folder / "bases/old", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(old)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(old)
+    write_upgrade(old, folder / "bases/new", 0.02)
+    rng = random.Random(0)
+    rows = []
+    for index in range(300):
+        turns = (make_sentence(rng, index % 2 == 0), "good" if index % 2 == 0 else "bad")
+        roles = ("user", "assistant")
+        messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
+        rows.append(json.dumps({"messages": messages}) + "\n")
+    (folder / "chats.jsonl").write_text("".join(rows))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
 def test_guides_run_from_beginning_to_end(guide, tmp_path, bases, task_file, monkeypatch):
-    for name, base in zip(("old", "new"), bases["bert"], strict=True):
-        shutil.copytree(base, tmp_path / "bases" / name)
-    for file in task_file.parent.iterdir():
-        shutil.copy(file, tmp_path)
+    if guide.stem == "generation":
+        write_chats(tmp_path)
+    else:
+        for name, base in zip(("old", "new"), bases["bert"], strict=True):
+            shutil.copytree(base, tmp_path / "bases" / name)
+        for file in task_file.parent.iterdir():
+            shutil.copy(file, tmp_path)
     monkeypatch.chdir(tmp_path)
     text = guide.read_text(encoding="utf-8")
     paths = []

@@ -75,9 +75,8 @@ def compute_figures(kind: str, folder: Path, old: Path, new: Path, tasks: list[P
         tune(base, second_task, folder / base.name, kind=kind, recipe=tuning).path for base in (old, new)
     )
     options = {"project": parse_options("project", [f"pairs=[{old_pair}={new_pair}]"])}
-    comparison = compare(
-        upgrade, source.path, task, list(methods()), folder / "recycled", recipe=recycling, options=options
-    )
+    names = [name for name, method in methods().items() if not method.generation_only]
+    comparison = compare(upgrade, source.path, task, names, folder / "recycled", recipe=recycling, options=options)
     checked = check(upgrade, source.path, task, recipe=recycling)
     figures = {
         "check": {name: getattr(checked, name) for name in ("old", "new", "floor", "agreement", "effect")},

@@ -303,9 +303,9 @@ def set_first_value(value):
         (
             "full",
             change_config(architectures=["BertForTokenClassification", "BertForSequenceClassification"]),
-            "not a sequence",
+            "neither a classifier",
         ),
-        ("full", change_config(architectures=[5]), "not a sequence classifier"),
+        ("full", change_config(architectures=[5]), "neither a classifier nor a decoder"),
         ("full", change_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
         (
             "full",

@@ -11,7 +11,7 @@ LAYERS = (
     ("checkpoint", "task"),
     ("weights", "transformers_folder", "recipe"),
     ("architecture", "vocabulary"),
-    ("naming",),
+    ("naming", "base_tokens"),
     ("base",),
     ("upgrade",),
     ("adaptation",),

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from regraft import Base, Corpus, Recipe, Upgrade, pretrain
 from regraft.errors import DataError, OutcomeError, RecipeError
+from regraft.model.corpus import pack
 from regraft.progress import silent
 from regraft.tuning import Replay, pretrain_chain
-from regraft.tuning.corpus import pack
 from regraft.tuning.language import LanguageModelling, auto_model_class
 from regraft.tuning.pretrain import _with_replay
 

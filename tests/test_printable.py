@@ -2,12 +2,13 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import torch
 from helpers import update_json
 from safetensors.torch import load_file, save_file
 
-from regraft.adaptation.outcome import _card
+from regraft.adaptation.card import model_card
 from regraft.adaptation.outcome_record import BaseRecord, Cost, OutcomeRecord, Scores, TaskRecord
 from regraft.printable import printable
 
@@ -44,7 +45,7 @@ def test_model_card_escapes_markup_in_names():
         labels=("positive", markup), seed=1, recipe={}, scores=Scores(dev=1.0), best_step=0, cost=Cost(0, 0.0, 0),
         notes={}, base=BaseRecord(markup, "f"), recycled_from=None, versions={},
     )  # fmt: skip
-    card = _card(record)
+    card = model_card(record, Path(), [])
     text_outside_code = re.sub(r"`[^`]*`", "", card)
     assert "positive" in text_outside_code
     for markup_token in ("<", "![", "](", "http", "www", "heading"):

@@ -26,9 +26,9 @@ from regraft import Corpus, Distillation, Recipe, Upgrade, recycle, tune
 from regraft.adaptation import find_outcome, fresh_model
 from regraft.errors import OutcomeError
 from regraft.model import Deployment
+from regraft.model.corpus import pack
 from regraft.progress import silent
 from regraft.task import load_data
-from regraft.tuning.corpus import pack
 from regraft.tuning.distill import compute_teacher_outputs
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -216,7 +216,7 @@ def test_damaged_caches_are_recomputed(tmp_path, opened_bases, task_file):
     def compute_logits():
         teacher = Deployment(fresh_model(base, data.head, 1), base, data, "fp32")
         order = range(len(data.dev))
-        options = Distillation(beta=0.0)
+        options = Distillation(beta=0.0, temperature=5.0)
         return compute_teacher_outputs(teacher, data.dev, order, options, tmp_path).signal.logits.clone()
 
     tokens = tokenise()

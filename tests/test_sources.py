@@ -11,8 +11,8 @@ import pytest
 from helpers import TASK_KEYS, assert_mentions, make_rows, make_task, read_texts, write_table
 
 from regraft.errors import DataError
+from regraft.model.corpus import Corpus
 from regraft.task import HubSplit, Task, TaskData, TextClassification, read_task, summarise
-from regraft.tuning.corpus import Corpus
 
 if TYPE_CHECKING:
     from pathlib import Path

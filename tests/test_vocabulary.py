@@ -87,14 +87,21 @@ def test_rows_are_grafted_by_token(
             expected = row("new", token)
         torch.testing.assert_close(grafted[i].double(), expected, rtol=1e-6, atol=1e-6)
 
-    # Rows of padding are matched in order, once tokens of the fine-tune have taken the first ones.
-    for i in range(new_padding - len(tuned_only)):
-        index = len(new_tokens) + len(tuned_only) + i
-        expected = tensors["new"][index].double()
-        if i < old_padding and i < tuned_padding:
-            old_row, tuned_row = tensors["old"][len(old_tokens) + i], tensors["tuned"][len(tuned_tokens) + i]
-            expected = expected + scale * (tuned_row.double() - old_row.double())
-        torch.testing.assert_close(grafted[index].double(), expected, rtol=1e-6, atol=1e-6)
+    # Rows of padding that tokens of the fine-tune have not taken are matched by their index, or else in order.
+    first_row = len(new_tokens) + len(tuned_only)
+    free = {role: list(range(len(names[role]), sizes[role])) for role in names}
+    padding_rows = [row for row in free["new"] if row >= first_row]
+    matched = {row: [row if row in free[role] else None for role in ("old", "tuned")] for row in padding_rows}
+    for i, role in enumerate(("old", "tuned")):
+        others = [row for row in free[role] if row not in padding_rows]
+        for row in padding_rows:
+            if matched[row][i] is None and others:
+                matched[row][i] = others.pop(0)
+    for row, (old_row, tuned_row) in matched.items():
+        expected = tensors["new"][row].double()
+        if old_row is not None and tuned_row is not None:
+            expected = expected + scale * (tensors["tuned"][tuned_row].double() - tensors["old"][old_row].double())
+        torch.testing.assert_close(grafted[row].double(), expected, rtol=1e-6, atol=1e-6)
     assert set(match.removed_tokens) == set(old_tokens) - set(new_tokens)
     assert set(match.added_tokens) == set(new_tokens) - set(old_tokens)
     assert match.num_padding_rows == max(0, new_padding - len(tuned_only))
@@ -114,7 +121,7 @@ def test_rows_of_equal_vocabularies_are_grafted_like_other_tensors(tokens, paddi
 
 def test_the_summary_of_a_match_counts_removed_tokens():
     match = match_rows(enumerate_tokens(["a", "b", "c"]), enumerate_tokens(["c", "d"]), 4, 4)
-    assert match.old_row_indices == (2, -1, 3, -1)
+    assert match.old_row_indices == (2, -1, -1, 3)
     assert match.summary() == (
         "4 rows: 1 tokens in both, 1 only in the new vocabulary, 2 only in the old ('a', 'b'), 2 rows of padding"
     )

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from regraft.errors import RegraftError
     from regraft.methods import Comparison, Conversion, compare, convert, recycle, tune
     from regraft.recipe import Recipe
-    from regraft.task import MultiLabelClassification, Task, TextClassification, TextRegression, TokenClassification
+    from regraft.task import (
+        MultiLabelClassification,
+        Task,
+        TextClassification,
+        TextGeneration,
+        TextRegression,
+        TokenClassification,
+    )
     from regraft.tuning import Corpus, Distillation, pretrain
     from regraft.upgrade import Upgrade
 
@@ -29,7 +36,14 @@ _NAMES_BY_MODULE = {
     "errors": ("RegraftError",),
     "methods": ("Comparison", "Conversion", "compare", "convert", "recycle", "tune"),
     "recipe": ("Recipe",),
-    "task": ("MultiLabelClassification", "Task", "TextClassification", "TextRegression", "TokenClassification"),
+    "task": (
+        "MultiLabelClassification",
+        "Task",
+        "TextClassification",
+        "TextGeneration",
+        "TextRegression",
+        "TokenClassification",
+    ),
     "tuning": ("Corpus", "Distillation", "pretrain"),
     "upgrade": ("Upgrade",),
 }
@@ -53,6 +67,7 @@ __all__ = [
     "RegraftError",
     "Task",
     "TextClassification",
+    "TextGeneration",
     "TextRegression",
     "TokenClassification",
     "Upgrade",

@@ -8,7 +8,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from regraft.cli import adaptation, chain, check, compare, demo, methods, pretrain, recycle, report, task, tune, weights
+from regraft.cli import (
+    adaptation,
+    chain,
+    check,
+    compare,
+    demo,
+    methods,
+    pretrain,
+    recycle,
+    report,
+    samples,
+    task,
+    tune,
+    weights,
+)
 from regraft.errors import RegraftError
 from regraft.printable import printable
 
@@ -51,6 +65,7 @@ app = typer.Typer(
 )
 for command in (check, compare, demo, methods, pretrain, recycle, report, tune):
     app.command()(getattr(command, command.__name__.rpartition(".")[2]))
+app.command()(samples.compare_samples)
 app.add_typer(adaptation.app, name="adaptation")
 app.add_typer(chain.app, name="chain")
 app.add_typer(task.app, name="task")

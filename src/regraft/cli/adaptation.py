@@ -1,13 +1,20 @@
 """`regraft adaptation`: inspect an adaptation, or convert it to another kind."""
 
+import dataclasses
+import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import regraft
 from regraft.cli import options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from regraft.adaptation import Server, ServingProblem
 
 app = typer.Typer(help="Inspect an adaptation, or convert it to another kind.", no_args_is_help=True)
 
@@ -73,6 +80,7 @@ def convert(
         Path | None,
         typer.Option(help="For lora: task file, on whose texts the outputs are approximated, rather than the weights."),
     ] = None,
+    served_base: options.ServedBase = None,
     force: options.Force = False,
 ) -> None:
     """Convert an adaptation to a LoRA or to a full fine-tune."""
@@ -80,12 +88,74 @@ def convert(
 
     with show_progress() as progress:
         conversion = regraft.convert(
-            path, old_base, out, kind, new=new_base, rank=rank, energy=energy, task=task, force=force, progress=progress
+            path,
+            old_base,
+            out,
+            kind,
+            new=new_base,
+            rank=rank,
+            energy=energy,
+            task=task,
+            served_base=served_base,
+            force=force,
+            progress=progress,
         )
     print_text(f"{conversion.kind}: {conversion.preserved:.1%} of the delta's squared norm preserved")
     if conversion.excluded:
         print_text(f"{conversion.excluded:.1%} is in embeddings, norms and biases, which a LoRA cannot change")
     print_line(f"adaptation: {conversion.path}")
+
+
+@app.command()
+def servable(
+    path: AdaptationArgument,
+    base: Annotated[str, typer.Option(help="Base that the server loads: a folder or a hub id@revision.")],
+    served_base: Annotated[
+        str | None, typer.Option(help="What `vllm serve` gets as the model, a path or a hub id; vLLM compares it.")
+    ] = None,
+    server: Annotated[
+        list[str] | None, typer.Option(help="Server that is needed: vllm or sglang; repeat for both, the default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the problems as JSON.")] = False,
+) -> None:
+    """Check whether vLLM and SGLang would serve an adaptation; the status is 1 if a needed server would not."""
+    from regraft.adaptation import check_servable, servers_named
+
+    servers = servers_named(server or ())
+    problems = [problem for problem in check_servable(path, base, served_base) if problem.server in servers]
+    if as_json:
+        print(json.dumps([dataclasses.asdict(problem) for problem in problems], indent=2))
+    else:
+        print_servable(problems, servers)
+    if any(problem.blocks for problem in problems):
+        raise typer.Exit(1)
+
+
+def print_servable(problems: "Sequence[ServingProblem]", servers: "Sequence[Server]") -> None:
+    """Print a verdict for each server, and a table of the problems.
+
+    Args:
+        problems: The result of `check_servable`, for these servers.
+        servers: The servers.
+    """
+    from rich.markup import escape
+
+    from regraft.cli.terminal import console, new_table, print_text
+
+    for server in servers:
+        own_problems = [problem for problem in problems if problem.server == server]
+        verdict = "does not serve it" if any(problem.blocks for problem in own_problems) else "serves it"
+        if own_problems and verdict == "serves it":
+            verdict += ", with the settings below"
+        print_text(f"{server} {verdict}", style="bold")
+    if not problems:
+        return
+    table = new_table(None, ["server", "it is"], [])
+    for heading in ("problem", "remedy"):
+        table.add_column(heading, overflow="fold")
+    for problem in problems:
+        table.add_row(*map(escape, (problem.server, problem.severity, problem.problem, problem.remedy)))
+    console.print(table)
 
 
 def print_adaptation(adaptation: "regraft.Adaptation", base: str | None, lineage: str | None) -> None:

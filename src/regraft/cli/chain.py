@@ -50,7 +50,7 @@ def print_chain(bases: Sequence[str], rows: "Sequence[ChainRow]") -> None:
 
     from regraft.chain import summarise_routes
     from regraft.cli.terminal import console, new_table, print_text
-    from regraft.report.wording import MISSING, percent
+    from regraft.report.wording import MISSING, chance_name, percent
     from regraft.task import find_metric
 
     print_text(" → ".join(f"{index} {base}" for index, base in enumerate(bases)))
@@ -76,7 +76,8 @@ def print_chain(bases: Sequence[str], rows: "Sequence[ChainRow]") -> None:
         for summary in task_summaries:
             if summary.refused:
                 print_text(f"{summary.method}: {summary.refused}")
+    guessing = " or ".join(dict.fromkeys(chance_name(row.type) for row in rows)) or "guessing"
     print_text(
-        "Scores on test (dev where there is no test), mean over seeds. Recovery: 0 % is guessing, 100 % scratch on the "
-        "same base. Lost a hop: the slope over the bases."
+        f"Scores on test (dev where there is no test), mean over seeds. Recovery: 0 % is {guessing}, 100 % scratch on "
+        "the same base. Lost a hop: the slope over the bases."
     )

@@ -59,7 +59,14 @@ def check(
         )
         with show_progress() as progress:
             diagnosis = regraft.diagnose(
-                upgrade, adaptation, task, out, questions=questions, recipe=recipe, force=force, progress=progress
+                upgrade,
+                adaptation,
+                task,
+                out,
+                questions=questions,
+                recipe=recipe,
+                force=force,
+                progress=progress,
             )
         if as_json:
             _print_json(diagnosis)
@@ -115,6 +122,7 @@ def print_diagnosis(diagnosis: "regraft.Diagnosis", out: Path | None) -> None:
     groups.append([(f"no {name}", reason) for name, reason in diagnosis.left_out.items()])
     print_pairs([pair for group in groups for pair in group])
     verdict = diagnosis.verdict
-    print_text(f"{verdict.choice} ({verdict.sure:.0%} sure): {verdict.advice}", style="bold")
+    certainty = "" if verdict.predicted is None else f" ({verdict.sure:.0%} sure)"
+    print_text(f"{verdict.choice}{certainty}: {verdict.advice}", style="bold")
     if out is not None:
         print_line(f"regraft report {out} --out report.html shows it all")

@@ -15,7 +15,7 @@ from regraft.recipe import Recipe
 OldBase = Annotated[str, typer.Option(help="Old base, of the adaptation: a folder or a hub id@revision.")]
 NewBase = Annotated[str, typer.Option(help="New base: a folder or a hub id@revision.")]
 Adaptation = Annotated[Path, typer.Option(help="Adaptation: an outcome, or a folder saved by transformers or PEFT.")]
-Task = Annotated[Path, typer.Option(help="Task file (YAML).")]
+Task = Annotated[Path, typer.Option(help="Task file (YAML), or a data file or folder, whose columns name the task.")]
 Out = Annotated[Path, typer.Option(help="Output folder. A result of the same inputs in it is left as it is.")]
 Shots = Annotated[
     int | None,
@@ -24,6 +24,10 @@ Shots = Annotated[
 ReportTo = Annotated[
     list[str] | None,
     typer.Option(help="Tracker to report to: tensorboard (writes to OUT-logs), trackio, wandb, …", show_default=False),
+]
+ServedBase = Annotated[
+    str | None,
+    typer.Option(help="Base as the server will name it, a path or a hub id: it is recorded in the adapter's config."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Proceed even if the adaptation records a different base.")]
 

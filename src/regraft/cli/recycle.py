@@ -34,6 +34,7 @@ def recycle(
             help="Copy, not graft, the embeddings, norms and biases that an adapter stores.",
         ),
     ] = False,
+    served_base: options.ServedBase = None,
     shots: options.Shots = None,
     report_to: options.ReportTo = None,
     force: options.Force = False,
@@ -55,6 +56,7 @@ def recycle(
             options=method_options,
             head=head,  # type: ignore[arg-type]
             replace=replace,
+            served_base=served_base,
             force=force,
             progress=progress,
         )
@@ -67,12 +69,13 @@ def print_outcome(outcome: "regraft.Outcome") -> None:
     Args:
         outcome: The outcome of a method or of a tuning.
     """
+    from regraft.adaptation.outcome_record import ANSWER_LOSS
     from regraft.cli.terminal import print_line, print_text
     from regraft.task import find_metric
 
     record = outcome.record
     scores, notes = record.scores, record.notes
-    metric = find_metric(record.task.metric)
+    metric, curve_metric = find_metric(record.task.metric), find_metric(record.task.curve_metric)
     figures = [
         f"{split} {metric.format_score(score, 4)}"
         for split in ("dev", "test")
@@ -80,10 +83,12 @@ def print_outcome(outcome: "regraft.Outcome") -> None:
     ]
     summary = f"{record.task.metric} {', '.join(figures)}" if figures else "not scored: the task has no labels"
     if record.curve_is_agreement:
-        summary += f" (best at step {record.best_step} by agreement with the old model)"
-    elif scores.dev_at_start is not None:
-        start = metric.format_score(scores.dev_at_start, 4)
-        summary += f" (dev before the first step {start}, best at step {record.best_step})"
+        reason = ANSWER_LOSS if notes.get("score") == ANSWER_LOSS else "agreement with the old model"
+        summary += f" (best at step {record.best_step} by {reason})"
+    elif scores.dev_at_start is not None and record.cost.steps:
+        start = curve_metric.format_score(scores.dev_at_start, 4)
+        dev = f"dev {record.task.selection}" if record.task.selection else "dev"
+        summary += f" ({dev} before the first step {start}, best at step {record.best_step})"
     print_text(f"{record.method} ({record.kind}): {summary}")
     for name in ("why", "cannot_know"):
         if isinstance(note := notes.get(name), str):

@@ -24,6 +24,7 @@ def tune(
     rank: Annotated[int, typer.Option(help="Rank of a LoRA; its alpha is twice the rank.", min=1)] = 8,
     inner_size: Annotated[int, typer.Option(help="Width of bottleneck adapters.", min=1)] = 24,
     virtual_tokens: Annotated[int, typer.Option(help="Virtual tokens of a prefix or a prompt.", min=1)] = 20,
+    served_base: options.ServedBase = None,
     shots: options.Shots = None,
     report_to: options.ReportTo = None,
 ) -> None:
@@ -41,6 +42,7 @@ def tune(
             inner_size=inner_size,
             virtual_tokens=virtual_tokens,
             recipe=recipe,
+            served_base=served_base,
             progress=progress,
         )
     print_outcome(outcome)
