@@ -134,7 +134,15 @@ class TestRunLmEval:
             words += len(row["question"].split())
         assert runs[2]["mood_text"]["word_perplexity"] == pytest.approx(math.exp(loss / words), rel=1e-4)
 
-    def test_nothing_is_printed_and_progress_is_reported(self, task_files, tmp_path, capfd):
+    def test_groups_in_a_file_have_their_tasks_beside_it(self, task_files, tmp_path, runs):
+        group = Path(task_files["mood_text"]).with_name("moods.yaml")
+        group.write_text(yaml.safe_dump({"group": "moods", "task": ["mood_choice", "mood_text"]}))
+        scores = run_lm_eval(make_model(0), make_plain_tokenizer(), [str(group)], tmp_path)
+        assert scores["mood_text"] == runs[2]["mood_text"]
+        assert [pair.task for pair in compare_samples(runs[0], tmp_path).logs] == ["mood_choice", "mood_text"]
+
+    def test_nothing_is_printed_and_progress_is_reported(self, task_files, tmp_path, capfd, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # git finds no repository
         calls: list[tuple[Any, ...]] = []
         run_lm_eval(
             make_model(0),
@@ -302,9 +310,12 @@ class TestCompareSamples:
         assert "line 1: its value [" in reasons["f1"]
         with pytest.raises(RecipeError, match="'f1' cannot be compared"):
             compare_samples(*runs[:2], metric="f1")
-        nan = write_log(tmp_path / "nan.jsonl", [1, math.nan])
-        (pair,) = compare_samples(nan, nan).logs
-        assert "line 2: its value nan" in pair.skipped["acc"]
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, 10**400, "1", None, [1, 2]])
+    def test_values_that_are_no_numbers_are_named(self, tmp_path, value):
+        file = write_log(tmp_path / "a.jsonl", [1, value])
+        (pair,) = compare_samples(file, file).logs
+        assert f"a.jsonl, line 2: its value {value!r:.60}" in pair.skipped["acc"]
 
     def test_logs_without_the_names_of_metrics_and_filters(self, tmp_path):
         file = tmp_path / "samples_old.jsonl"

@@ -143,7 +143,8 @@ def harness_metric(name: str) -> Metric:
     def score_sums(sums: Floats) -> Floats:
         means = sums[:, 0] / sums[:, 1]
         if name.endswith("perplexity"):
-            return np.exp(-means)
+            with np.errstate(over="ignore"):  # infinite is what it is
+                return np.exp(-means)
         return -means / math.log(2) if name == "bits_per_byte" else means
 
     return sum_metric(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 from regraft.diagnosis.regressions import mcnemar
 from regraft.diagnosis.sample_logs import LOWER_IS_BETTER, WEIGHTED_METRICS, find_logs, harness_metric, read_log
@@ -200,11 +200,16 @@ def _example_values(name: str, samples: Iterable[Sample], file: Path) -> Floats:
     rows = []
     for sample in samples:
         value = sample.values.get(name)
-        parts = value if name in WEIGHTED_METRICS and isinstance(value, list) else [value, 1]
-        if len(parts) != 2 or not all(isinstance(part, int | float) and math.isfinite(part) for part in parts):
+        value_and_weight = value if name in WEIGHTED_METRICS and isinstance(value, list) else [value, 1]
+        if not _is_usable(value_and_weight):
             raise _NotComparableError(f"{file}, line {sample.line}: its value {value!r:.60} is not a finite number")
-        rows.append(parts)
+        rows.append(value_and_weight)
     return np.array(rows, dtype=np.float64)
+
+
+def _is_usable(value_and_weight: list[Any]) -> bool:
+    are_finite = (isinstance(part, int | float) and abs(part) <= sys.float_info.max for part in value_and_weight)
+    return len(value_and_weight) == 2 and all(are_finite) and value_and_weight[1] > 0
 
 
 def _compare_values(task: str, filter_name: str, name: str, old: Floats, new: Floats, seed: int) -> MetricChange:
@@ -215,7 +220,9 @@ def _compare_values(task: str, filter_name: str, name: str, old: Floats, new: Fl
     improvement = paired_difference(metric, targets, new, old, confidence=CONFIDENCE, seed=seed)
     difference = improvement
     if not metric.higher_is_better:
-        difference = Interval(-improvement.estimate, -improvement.high, -improvement.low)
+        difference = Interval(
+            *(0.0 - end for end in (improvement.estimate, improvement.high, improvement.low))
+        )  # no −0
     flips = None
     if name not in LOWER_IS_BETTER and bool(np.isin([old[:, 0], new[:, 0]], (0, 1)).all()):
         flips = count_flips((old[:, 0] == 1).tolist(), (new[:, 0] == 1).tolist())

@@ -44,8 +44,8 @@ def run_lm_eval(
     Args:
         model: A model of transformers or PEFT, on its device.
         tokenizer: The model's tokenizer.
-        tasks: The harness's names of tasks, groups or tags, or paths of YAML files. Relative paths in these start from
-            the working directory.
+        tasks: The harness's names of tasks, groups or tags, or paths of YAML files. Relative paths of data in these
+            start from the working directory.
         out_folder: The folder to write to, in a subfolder that is named after the model; it may have other logs.
         limit: The number of examples per task; None for all.
         apply_chat_template: Present prompts as conversations, by the tokenizer's chat template.
@@ -73,15 +73,18 @@ def run_lm_eval(
     out_folder.mkdir(parents=True, exist_ok=True)
     with _quiet_harness(progress), _restored(model):
         paths = [task for task in tasks if Path(task).suffix in (".yaml", ".yml")]
-        manager = TaskManager(include_defaults=len(paths) < len(tasks))  # its index takes seconds
+        # the index of the harness's own tasks takes seconds; a group's tasks are in files beside its own
+        folders: list[str | Path] = sorted({Path(path).parent for path in paths if Path(path).is_file()})
+        manager = TaskManager(include_path=folders, include_defaults=len(paths) < len(tasks))
         _check_tasks(tasks, paths, manager.all_tasks)
+        specifications = [_registered_name(task, manager) if task in paths else task for task in tasks]
         tracker = EvaluationTracker(output_path=str(out_folder))
         harness_model = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         try:
             results = simple_evaluate(
                 model=harness_model,
                 model_args={"pretrained": _model_name(model)},
-                tasks=list(tasks),
+                tasks=specifications,
                 limit=limit,
                 bootstrap_iters=0,  # of standard errors; compare_samples resamples pairs instead
                 apply_chat_template=apply_chat_template,
@@ -109,6 +112,15 @@ def _check_tasks(tasks: Sequence[str], paths: Sequence[str], names: Sequence[str
                 f"lm_eval: lm-evaluation-harness has no task {task!r}.{did_you_mean(task, names)} `lm-eval ls tasks` "
                 "lists them; a file's path ends in .yaml."
             )
+
+
+def _registered_name(path: str, manager: Any) -> str:
+    """Return the name of the task or group in a file; the harness does not load a group by the file's path."""
+    file = Path(path).resolve()
+    for name, entry in manager.task_index.items():
+        if entry.yaml_path and entry.yaml_path.name == file.name and entry.yaml_path.resolve() == file:
+            return str(name)
+    return path
 
 
 def _model_name(model: nn.Module) -> str:
@@ -153,6 +165,7 @@ def _quiet_harness(progress: Progress) -> Iterator[None]:
     import datasets
     import lm_eval.api.model
     import lm_eval.api.task
+    import lm_eval.evaluator
     import lm_eval.models.huggingface
 
     class Bar(_Bar):
@@ -162,9 +175,11 @@ def _quiet_harness(progress: Progress) -> Iterator[None]:
     level = logger.level
     modules: list[Any] = [lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface]
     bars = [module.tqdm for module in modules]
+    find_commit = lm_eval.evaluator.get_git_commit_hash
     has_progress_bars = datasets.are_progress_bars_disabled() is False
     logger.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
+    lm_eval.evaluator.get_git_commit_hash = lambda: None  # git prints an error outside a repository
     for module in modules:
         module.tqdm = Bar
     try:
@@ -174,6 +189,7 @@ def _quiet_harness(progress: Progress) -> Iterator[None]:
         logger.setLevel(level)
         if has_progress_bars:
             datasets.enable_progress_bars()
+        lm_eval.evaluator.get_git_commit_hash = find_commit
         for module, bar in zip(modules, bars, strict=True):
             module.tqdm = bar
 
