@@ -252,14 +252,6 @@ def test_an_answer_lacks_an_ordinary_token_that_ends_it(upgrade, task, tmp_path,
     ]
 
 
-def test_answers_that_are_all_cut_off_are_refused(upgrade, tmp_path):
-    task = write_task(tmp_path / "task", max_length=8)
-    for split in ("train", "dev", "test"):
-        (tmp_path / "task" / f"{split}.jsonl").write_text(json.dumps({"prompt": "film " * 9, "completion": "good"}))
-    with pytest.raises(DataError, match="no training example has a token to learn within 8 tokens"):
-        tune(upgrade.old, task, tmp_path / "out", recipe=RECIPE)
-
-
 def test_prompts_leave_room_for_the_answers_of_on_policy(upgrade, adaptations, task, tmp_path, monkeypatch):
     lengths = []
 

@@ -6,8 +6,6 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
-from regraft.errors import DataError
-
 if TYPE_CHECKING:
     from regraft.task import Split
     from regraft.task.split import Integers
@@ -59,7 +57,7 @@ def plan_labelled_order(
     """Draw the order of a training as `plan_order` does, without the examples that have no row to learn from.
 
     Args:
-        examples: The tokenised training examples.
+        examples: The tokenised training examples, at least one with a row.
         split: The same examples, for messages.
         batch_size: Examples per step.
         steps: Optimiser steps of the training.
@@ -68,20 +66,12 @@ def plan_labelled_order(
 
     Returns:
         Example indices, of shape (steps × batch_size,).
-
-    Raises:
-        DataError: No example has a row.
     """
     import numpy as np
 
     if examples.tokens is None:
         return plan_order(examples.lengths, batch_size, steps, seed)
     indices = np.flatnonzero([bool(tokens) for tokens in examples.tokens])
-    if not len(indices):
-        raise DataError(
-            f"{split.source}: no training example has a token to learn within {max_length:,} tokens. Raise max_length "
-            "if the base takes more, or use examples with answers."
-        )
     if len(indices) < len(examples):
         logger.warning(
             "%s: %s of %s training examples have nothing to learn within %s tokens, such as a prompt that fills them; "
